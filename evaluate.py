@@ -1,0 +1,93 @@
+"""Scores and pictures of a training run: cheap enough for every few hundred steps, without any pretrained network.
+
+    fd, fd_held            Frechet distance on pixels to training and to held-out images
+    accuracy               share of samples whose nearest training image has the label they were made for
+    nearest, nearest_held  mean distance to the nearest training image, of samples and of held-out images: far smaller = memorised
+
+Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
+"""
+import torch
+import torch.nn.functional as F
+
+import run
+import sit
+from data import save_grid, to_uint8
+
+
+def pixel_features(images):
+    """uint8 [B,C,H,W] -> float64 [B, C * 64] in [0, 1]: the digits' raw pixels, other sets area-averaged to 8 x 8."""
+    return F.adaptive_avg_pool2d(images.double() / 255, 8).flatten(1)
+
+
+def frechet(a, b):
+    """Frechet distance of Gaussians fitted to a [M,F] and b [K,F], float64; the trace from eigenvalues, never below 0."""
+    (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
+    w, v = torch.linalg.eigh(cov_a)
+    root = v * w.clamp(min=0).sqrt() @ v.T
+    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).clamp(min=0).item()
+
+
+def reference(images, most=10_000):
+    """{"train", "held"}: features and labels of the real images that samples are compared with (at most 10,000 of each)."""
+    sets = {}
+    for name, s in (("train", images.train), ("held", images.held)):
+        if s is not None:
+            pixels, labels = s.read(torch.randperm(len(s), generator=run.seeded("cpu", 0))[:most])
+            sets[name] = pixel_features(pixels), labels
+    return sets
+
+
+def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, batch=256):
+    """uint8 [num,C,H,W] by Euler steps, shared among the processes."""
+    share = -(-num // processes.world)
+    index = torch.arange(processes.rank * share, (processes.rank + 1) * share)
+    shape, out = (model.in_channels, model.input_size, model.input_size), []
+    for rows in index.split(batch):
+        noise = sit.indexed_noise(seed, rows, shape)[1].to(processes.device)
+        with autocast:
+            x = sit.sample_ode(model, noise, (rows % model.num_classes).to(processes.device), num_steps, cfg_scale)
+        out.append(to_uint8(x))
+    return processes.gather(torch.cat(out))[:num].cpu()
+
+
+def scores(samples, sets, num_classes):
+    fake, (real, labels) = pixel_features(samples), sets["train"]
+    distance, neighbour = torch.cdist(fake, real).min(dim=1)
+    row = {"fd": frechet(real, fake), "accuracy": (labels[neighbour] == torch.arange(len(fake)) % num_classes).double().mean().item(),
+           "nearest": distance.mean().item()}
+    if "held" in sets:
+        held = sets["held"][0]
+        row |= {"fd_held": frechet(held, fake), "nearest_held": torch.cdist(held, real).min(dim=1)[0].mean().item()}
+    return row
+
+
+def sample_sheet(samples, num_classes, path, columns=10):
+    """A row a class, the first ten classes and at most `columns` samples of each."""
+    rows = [samples[c::num_classes][:columns] for c in range(min(num_classes, 10))]
+    width = min(len(r) for r in rows)
+    if width:
+        save_grid(torch.cat([r[:width] for r in rows]), path, width)
+
+
+def plot_curves(rows, path, tau):
+    """Losses and scores of a log as one picture, a dotted line where the guidance ended; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = [("loss", "flow loss"), ("feature_loss", "feature loss"), ("attention_loss", "attention loss"),
+              ("grad_cosine", "cosine of gradients"), ("fd", "Frechet distance on pixels"), ("accuracy", "accuracy")]
+    panels = [(k, title) for k, title in panels if any(k in r for r in rows)]
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), squeeze=False)
+    for ax, (key, title) in zip(axes[0], panels):
+        steps, values = zip(*[(r["step"], r[key]) for r in rows if key in r])
+        ax.plot(steps, values, marker="." if len(steps) < 20 else None)
+        if tau < rows[-1]["step"]:
+            ax.axvline(tau, color="gray", linestyle=":")
+        ax.set(title=title, xlabel="step", xlim=(0, rows[-1]["step"]), yscale="log" if key == "fd" else "linear")
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)

@@ -1,0 +1,507 @@
+"""Train SiT plainly, with REPA, or with HASTE: guided by a frozen teacher first, set free by early termination.
+
+    python haste_train.py                                          HASTE on 8 x 8 digits, about three minutes on two CPU cores
+    torchrun --nproc_per_node=8 haste_train.py --preset cifar10    one process a GPU
+
+Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
+Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
+    n <  tau    E|v(x_t, t, y) - v|^2  +  w_f E[-cos(projector(h), y_teacher)]  +  w_a E[CE(A_teacher, A_student)]
+    n >= tau    E|v(x_t, t, y) - v|^2            teacher and projector are gone        (HASTE eqs. 4-8; REPA eq. 8)
+
+Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n) and then sliced: results do not
+depend on the number of processes, and a resume needs only the step. The same command resumes.
+
+Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, d = D/H.
+"""
+import copy
+import gc
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import data as data_module
+import evaluate
+import run
+import sit
+import teacher as teacher_module
+from data import to_pixels, to_rgb
+
+
+@dataclass
+class Config:
+    # what to train on
+    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, or a folder of class folders
+    image_size: Optional[int] = None  # side to which a folder's images are cropped; needed for photographs
+    data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
+    mirror: bool = False  # mirror half of the images at random
+    # the model
+    model: str = "SiT-Ti/2"  # a size of sit.SIT_CONFIGS: SiT-Ti, S, B, L or XL, with patch 1, 2, 4 or 8
+    depth: Optional[int] = None  # number of blocks, where it is not the size's own
+    hidden_size: Optional[int] = None  # width, where it is not the size's own
+    num_heads: Optional[int] = None  # attention heads, where they are not the size's own
+    qk_norm: bool = False  # normalise queries and keys
+    # the guidance
+    align: Literal["none", "repa", "haste"] = "haste"  # plain, feature alignment, feature and attention alignment
+    stop: str = "400"  # guidance ends at this step, at a step found by gradient angle (auto), or never
+    stop_interval: int = 50  # with --stop auto: steps between two looks at the angle
+    stop_warmup: int = 100  # with --stop auto: steps before the first look
+    stop_threshold: float = -0.05  # with --stop auto: guidance ends when the mean cosine falls below this
+    teacher: str = "small"  # small (trained here, cached), or dinov2_vits14, vitb14, vitl14, vitg14, each also _reg
+    teacher_weights: Optional[str] = None  # file with the teacher's weights; fetched when not given
+    cache: str = "out/cache"  # where small teachers are kept
+    feature_weight: float = 0.5  # weight of feature alignment
+    attention_weight: float = 0.5  # weight of attention alignment
+    feature_depth: Optional[int] = None  # blocks before the projector, where it is not the table's
+    pairs: Optional[str] = None  # blocks student:teacher whose attention is aligned, as 4:8,5:9, where not the table's
+    projector_dim: int = 256  # width of the projector
+    # the flow
+    path: Literal["linear", "cosine"] = "linear"  # path from data to noise
+    time: Literal["uniform", "lognormal"] = "uniform"  # distribution of training times
+    label_drop: float = 0.1  # share of samples trained without label, for guidance
+    # optimisation
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 64  # images a step, over all processes
+    accumulate: int = 1  # parts into which a process cuts its batch
+    lr: float = 4e-3  # learning rate of AdamW
+    warmup: int = 50  # steps of linear warm-up
+    beta2: float = 0.999  # second-moment decay of AdamW
+    weight_decay: float = 0.0  # weight decay of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.98  # decay of the averaged weights, the ones that are sampled
+    # the machine
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 on CPU
+    compile: bool = False  # torch.compile the model
+    # the run
+    seed: int = 0  # of everything random
+    out: str = "out"  # folder for log.jsonl, ckpt.pt, samples.png, curves.png
+    resume: str = "auto"  # auto (go on from OUT/ckpt.pt), never (start anew), or a checkpoint's path
+    log_every: int = 20  # steps between two lines of the log
+    save_every: int = 250  # steps between two checkpoints; 0 saves at the end only
+    eval_every: int = 250  # steps between two evaluations; 0 evaluates never
+    eval_samples: int = 500  # images drawn for an evaluation
+    eval_steps: int = 20  # sampling steps of an evaluation (Euler)
+    eval_cfg: float = 1.0  # guidance scale of an evaluation
+
+
+FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "cache", "data_root", "accumulate")
+PRESETS = {
+    "digits": dict(),
+    # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
+    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000,
+                    ema=0.9995, projector_dim=2048, log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
+}
+
+# HASTE's layer map (section 4.1 and its table 5): feature depth, feature depth of REPA alone, and student <- teacher pairs,
+# all for a teacher of 12 blocks; other depths are mapped in proportion. S and Ti are ours.
+ALIGNMENT = {
+    "SiT-Ti": (3, 3, ((0, 7), (1, 9), (2, 11))),
+    "SiT-S": (5, 4, ((2, 7), (3, 9), (4, 11))),
+    "SiT-B": (5, 4, ((2, 7), (3, 9), (4, 11))),
+    "SiT-L": (8, 8, ((4, 8), (5, 9), (6, 10), (7, 11))),
+    "SiT-XL": (8, 8, ((4, 8), (5, 9), (6, 10), (7, 11))),
+}
+TABLE_DEPTH = 12
+
+
+# ---- losses
+
+def feature_alignment(z, target):
+    """REPA's loss: minus the mean cosine of projected student tokens z and teacher tokens, both [B,N,D]; in [-1, 1]."""
+    return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
+
+
+def attention_alignment(q_s, k_s, q_t, k_t):
+    """HASTE's attention loss (its eq. 6): cross-entropy of the student's attention under the teacher's, in float32.
+
+    -sum_j softmax_j(q_t k_t^T / sqrt(d_t)) log softmax_j(q_s k_s^T / sqrt(d_s)), mean over batch, heads and queries.
+    One layer pair: q, k [B,H,N,d]; head numbers and widths may differ, the first min(H_s, H_t) heads are paired.
+    True value and exact gradient, without an N x N matrix.
+    """
+    q_s, k_s, q_t, k_t = (x.float() for x in (q_s, k_s, q_t, k_t))
+    surrogate = attention_alignment_grad(q_s, k_s, q_t, k_t)
+    return surrogate + (_attention_value(q_s, k_s, q_t, k_t) - surrogate).detach()
+
+
+def attention_alignment_grad(q_s, k_s, q_t, k_t):
+    """A scalar with the gradient of `attention_alignment`, at the price of two attention calls. Its value means nothing.
+
+    The best idea in this file. With c = d^-1/2, P = softmax(c q k^T) for the student (s) and the teacher (t), query i costs
+        L_i = lse_j(c q_i.k_j) - c q_i . (P_t k_s)_i,
+    and its gradient is that of c q_i . (P_s k_s - P_t k_s)_i where P_s and P_t are held constant: d lse/dq = c P_s k_s, and
+    each k_j gets c (P_s - P_t)_ij q_i. But P k_s is what fused attention computes when the student's keys stand in for the
+    values; so neither attention map is ever written down, and 1,024 tokens cost little more memory than 256.
+    """
+    H = min(q_s.shape[1], q_t.shape[1])
+    q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
+    difference = attend(q_s.detach(), k_s.detach(), k_s) - attend(q_t.detach(), k_t.detach(), k_s)      # [B,H,N,d_s]
+    return (q_s * difference).sum(-1, dtype=torch.float32).mean() * q_s.shape[-1] ** -0.5
+
+
+@torch.no_grad()
+def _attention_value(q_s, k_s, q_t, k_t, chunk=128):
+    """The loss's value; the log-sum-exp goes over chunks of queries, so that nothing of size N x N is stored."""
+    H, c = min(q_s.shape[1], q_t.shape[1]), q_s.shape[-1] ** -0.5
+    q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
+    lse = torch.cat([(c * q @ k_s.mT).logsumexp(-1) for q in q_s.split(chunk, dim=2)], dim=2)           # [B,H,N]
+    return (lse - c * (q_s * attend(q_t, k_t, k_s)).sum(-1)).mean()
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v by fused attention, whose kernels want one head width: zeros change no dot product."""
+    d, dv, dtype = q.shape[-1], v.shape[-1], v.dtype
+    pad = lambda x: F.pad(x.to(dtype), (0, max(d, dv) - x.shape[-1]))
+    return F.scaled_dot_product_attention(pad(q), pad(k), pad(v), scale=d ** -0.5)[..., :dv]
+
+
+def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
+    """Total loss of a batch and its terms. x [B,C,h,w], eps like x, t [B], y [B]; targets = teacher's output, or None.
+
+    `exact` asks for the true value of the attention loss, which costs a log-sum-exp: wanted when it is logged.
+    """
+    x_t, v = sit.interpolant(x, eps, t, cfg.path)
+    if targets is None:
+        flow = (model(x_t, t, y).float() - v).square().mean()
+        return flow, {"loss": flow}
+    tokens, taps_t = targets
+    v_hat, z, taps_s = model(x_t, t, y, tap_layers=[s for s, _ in pairs])
+    terms = {"loss": (v_hat.float() - v).square().mean(), "feature_loss": feature_alignment(z, tokens)}
+    total = terms["loss"] + cfg.feature_weight * terms["feature_loss"]
+    if pairs:
+        align = attention_alignment if exact else attention_alignment_grad
+        terms["attention_loss"] = sum(align(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
+        total = total + cfg.attention_weight * terms["attention_loss"]
+    return total, terms
+
+
+# ---- what the configuration means
+
+def check(cfg, world):
+    """Impossible values, each with its flag and the remedy, before anything is loaded."""
+    def need(ok, name, remedy):
+        if not ok:
+            raise ValueError(f"{run.flag(name)} {getattr(cfg, name)} {remedy}")
+    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "projector_dim", "eval_samples", "eval_steps"):
+        need(getattr(cfg, name) >= 1, name, "must be 1 or more")
+    for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight", "weight_decay"):
+        need(getattr(cfg, name) >= 0, name, "must be 0 or more")
+    for name in ("lr", "clip"):
+        need(0 < getattr(cfg, name) < math.inf, name, "must be a positive number")
+    for name in ("ema", "beta2"):
+        need(0 <= getattr(cfg, name) < 1, name, "must lie in [0, 1)")
+    need(0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
+    need(cfg.model in sit.SIT_CONFIGS, "model", f"is none of {', '.join(sit.SIT_CONFIGS)}")
+    need(cfg.stop in ("auto", "never") or cfg.stop.isdigit(), "stop", "must be a number of steps, auto or never")
+    parts = world * cfg.accumulate
+    need(cfg.batch_size % parts == 0, "batch_size", f"must be a multiple of {parts} (processes x --accumulate)")
+    for name in ("depth", "hidden_size", "num_heads", "feature_depth", "image_size"):
+        need(getattr(cfg, name) is None or getattr(cfg, name) >= 1, name, "must be 1 or more")
+
+
+def layer_map(cfg, teacher_depth):
+    """(feature depth, pairs [(student block, teacher block), ...]) from the table and the flags that override it."""
+    haste_depth, repa_depth, pairs = ALIGNMENT[cfg.model.split("/")[0]]
+    feature_depth = cfg.feature_depth or (haste_depth if cfg.align == "haste" else repa_depth)
+    pairs = [(s, round((t + 1) * teacher_depth / TABLE_DEPTH) - 1) for s, t in pairs]
+    if cfg.pairs:
+        try:
+            pairs = [tuple(int(i) for i in pair.split(":")) for pair in cfg.pairs.split(",")]
+            pairs = [(s, t) for s, t in pairs]
+        except ValueError:
+            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher block)") from None
+    if not 1 <= feature_depth <= cfg.depth:
+        raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the depth of the model")
+    bad = [f"{s}:{t}" for s, t in pairs if not (0 <= s < cfg.depth and 0 <= t < teacher_depth)]
+    if bad:
+        raise ValueError(f"--pairs {','.join(bad)}: student blocks are 0 ... {cfg.depth - 1}, teacher blocks 0 ... {teacher_depth - 1}")
+    return feature_depth, pairs if cfg.align == "haste" else []
+
+
+def make_teacher(cfg, images, grid, processes):
+    """The frozen teacher, with its position embedding on the student's token grid."""
+    if cfg.teacher == "small":
+        if cfg.teacher_weights:
+            net = teacher_module.load_small(cfg.teacher_weights)
+        else:
+            for turn in (True, False):                                      # the first process trains, the others find it in the cache
+                if processes.main == turn:
+                    net = train_teacher(images, images.size // grid, cfg.cache, processes.device)
+                processes.barrier()
+    else:
+        net = teacher_module.load_dinov2(cfg.teacher, cfg.teacher_weights)
+    return net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
+
+
+def train_teacher(images, patch_size, cache, device):
+    """The small teacher of a set, from its training images and labels."""
+    pixels, labels = images.train.read(torch.arange(len(images.train)))
+    return teacher_module.train_small(to_rgb(pixels), labels, patch_size=patch_size, cache=cache, device=device)
+
+
+def draw(cfg, step, shape, device):
+    """All that is random in a step, for the global batch of this shape: eps [B,C,h,w], t [B], dropped [B], mirrored [B]."""
+    g, B = run.seeded(device, cfg.seed, 0, step), shape[0]
+    eps = torch.randn(shape, generator=g, device=device)
+    u = torch.rand(B, generator=g, device=device)
+    if cfg.time == "lognormal":                                             # REPA: sigma/alpha = exp(N(0, 1))
+        s = torch.randn(B, generator=g, device=device).exp()
+        u = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
+    dropped, mirrored = torch.rand(2, B, generator=g, device=device)
+    return eps, u, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0)
+
+
+# ---- what is trained
+
+class Student:
+    """Model, its average (EMA) and its optimizer; once the guidance has ended, the projector's last weights on the host."""
+
+    def __init__(self, arch, cfg, processes):
+        torch.manual_seed(cfg.seed)
+        self.processes, self.decay = processes, cfg.ema
+        self.model = sit.SiT(**arch).to(processes.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if cfg.compile:
+            self.model.compile()                                            # in place: names stay, and the EMA is not compiled
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = [[p for n, p in named if n.startswith("projectors.") == is_projector] for is_projector in (False, True)]
+        self.opt = torch.optim.AdamW([dict(params=g) for g in groups if g], lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                     weight_decay=cfg.weight_decay, fused=True)
+        self.projector = {"model": {}, "ema": {}}
+        self.wrap()
+
+    def wrap(self):
+        """`net` is what the loop calls: the model, under DDP where there are several processes."""
+        self.net = self.model
+        if self.processes.world > 1:
+            gc.collect()                                                    # an old wrapper's hooks must be gone first
+            ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def end_guidance(self):
+        """The projector leaves model, EMA, optimizer and device; everything else keeps its state bit for bit."""
+        self.opt.zero_grad()
+        for name, m in (("model", self.model), ("ema", self.ema)):
+            self.projector[name] = {k: w.cpu() for k, w in m.state_dict().items() if k.startswith("projectors.")}
+        for p in self.model.projectors.parameters():
+            self.opt.state.pop(p, None)
+        self.opt.param_groups.pop()                                         # the projector's group is the last one
+        self.model.projectors = self.ema.projectors = self.net = None
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.wrap()
+
+    def step(self, lr, clip):
+        """Clip, update, average; returns the gradient's norm before clipping, on the device."""
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.opt.step()
+        self.opt.zero_grad()
+        torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], 1 - self.decay)
+        return norm
+
+    def state(self):
+        return {"model": {**self.model.state_dict(), **self.projector["model"]},
+                "ema": {**self.ema.state_dict(), **self.projector["ema"]}, "opt": self.opt.state_dict()}
+
+    def load(self, saved):
+        sit.load_strictly(self.model, saved["model"])
+        sit.load_strictly(self.ema, saved["ema"])
+        if len(saved["opt"]["param_groups"]) < len(self.opt.param_groups):  # saved after the end of the guidance
+            self.end_guidance()
+        self.opt.load_state_dict(saved["opt"])
+
+
+STOP_TIMES = (0.02, 0.1, 0.5, 0.8)                                          # HASTE's section on the automatic trigger
+
+
+def gradient_cosine(model, x, eps, y, targets, pairs, cfg):
+    """Mean over times of the cosine between flow and weighted alignment gradients, in the block below the projector."""
+    params, cosines = list(model.blocks[model.encoder_depth - 1].parameters()), []
+    for time_ in STOP_TIMES:
+        t = torch.full((len(x),), time_, device=x.device)
+        total, terms = losses(model.forward, x, eps, t, y, targets, pairs, cfg)     # forward: not through torch.compile
+        flow, align = (torch.cat([g.flatten() for g in torch.autograd.grad(l, params, retain_graph=True)])
+                       for l in (terms["loss"], total - terms["loss"]))
+        cosines.append(F.cosine_similarity(flow, align, dim=0))
+    return torch.stack(cosines).mean()
+
+
+def held_cosine(model, images, targets_of, pairs, cfg, processes):
+    """gradient_cosine on a batch and noise that stay the same all through the run; the same number on every process."""
+    g = run.seeded("cpu", cfg.seed, 1)
+    rows = torch.randperm(len(images.train), generator=g)[:64]
+    pixels, y = (b.to(processes.device) for b in images.train.read(rows))
+    eps = torch.randn(pixels.shape, generator=g).to(processes.device)
+    return processes.mean(gradient_cosine(model, to_pixels(pixels), eps, y, targets_of(pixels), pairs, cfg)).item()
+
+
+# ---- the program
+
+def prepare(cfg, saved, processes):
+    """Data, teacher and student, fresh or from a checkpoint: all that can fail because of the user fails here.
+
+    Returns images, teacher (None without guidance), pairs, student, arch (SiT's arguments) and tau.
+    """
+    if processes.main:
+        images = data_module.open_data(cfg.data, cfg.image_size, cfg.data_root)     # the first process downloads
+    processes.barrier()
+    if not processes.main:
+        images = data_module.open_data(cfg.data, cfg.image_size, cfg.data_root)
+    patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
+    if images.size % patch:
+        raise ValueError(f"--image-size {images.size} must be a multiple of {patch}, the patch of --model {cfg.model}")
+    if saved:
+        start, tau, arch = saved["steps"], saved["tau"], saved["arch"]
+    else:
+        start, tau = 0, 0 if cfg.align == "none" else math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
+        arch = dict(input_size=images.size, patch_size=patch, in_channels=images.channels, hidden_size=cfg.hidden_size, depth=cfg.depth,
+                    num_heads=cfg.num_heads, num_classes=len(images.classes), qk_norm=cfg.qk_norm, projector_dim=cfg.projector_dim)
+    teacher, pairs = None, []
+    if start < tau:
+        teacher = make_teacher(cfg, images, images.size // patch, processes)
+        feature_depth, pairs = layer_map(cfg, teacher.depth)
+        arch |= dict(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
+    student = Student(arch, cfg, processes)
+    if saved:
+        student.load(saved)
+    return images, teacher, pairs, student, arch, tau
+
+
+def train(cfg, processes):
+    check(cfg, processes.world)
+    for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
+        setattr(cfg, name, getattr(cfg, name) or sit.SIT_CONFIGS[cfg.model][name])
+    modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
+    saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
+    start, seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
+    if start >= cfg.steps:
+        return
+    images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
+    del saved
+    device, out, world = processes.device, Path(cfg.out), processes.world
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
+    mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
+    shape = (cfg.batch_size, images.channels, images.size, images.size)
+    grid, null = student.model.grid, student.model.num_classes
+    sets = evaluate.reference(images) if cfg.eval_every else None
+    log = run.Log(out / "log.jsonl", start, processes)
+    stop, finite = run.StopSignal(processes), run.FiniteGuard(out / "ckpt.pt", processes)
+    feed = data_module.batches(images.train, cfg.seed, start, cfg.batch_size, mine, pin=device.type == "cuda")
+    processes.print(f"{cfg.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f} M parameters, {grid} x {grid} tokens; "
+                    f"align {cfg.align}; {world} process(es) on {device.type}, {'bf16' if bf16 else 'fp32'}")
+
+    def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> the teacher's tokens and taps
+        with torch.no_grad(), autocast:
+            return teacher(teacher_module.preprocess(to_rgb(pixels), grid, teacher.patch_size), [t for _, t in pairs])
+
+    clock, clock_step = time.perf_counter(), start
+    for step in range(start, cfg.steps):
+        done, cosine = step + 1, None
+        last = done == cfg.steps
+
+        # learning rate, and the end of the guidance
+        lr = cfg.lr * min(1, done / max(1, cfg.warmup))
+        if teacher is not None and cfg.stop == "auto" and step >= cfg.stop_warmup and step % cfg.stop_interval == 0:
+            cosine = held_cosine(student.model, images, targets_of, pairs, cfg, processes)
+            tau = step if cosine < cfg.stop_threshold else tau
+        if student.model.projectors is not None and step >= tau:
+            teacher = None                                                  # never run again, its memory is free
+            student.end_guidance()
+            processes.print(f"step {step}: the guidance ends")
+
+        logging = last or done % cfg.log_every == 0 or cosine is not None
+
+        # batch: everything random is drawn for the global batch, and sliced
+        pixels, y = (b.to(device, non_blocking=True) for b in next(feed))
+        eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, shape, device))
+        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        x, y = to_pixels(pixels), torch.where(dropped, null, y)
+
+        # forward and backward, in `accumulate` parts
+        sums = {}
+        for i in range(0, share, part):
+            rows = slice(i, i + part)
+            targets = None if teacher is None else targets_of(pixels[rows])
+            with student.net.no_sync() if world > 1 and i + part < share else nullcontext():
+                with autocast:
+                    total, terms = losses(student.net, x[rows], eps[rows], t[rows], y[rows], targets, pairs, cfg, exact=logging)
+                (total / cfg.accumulate).backward()
+            sums = {k: sums.get(k, 0) + v.detach() / cfg.accumulate for k, v in terms.items()}
+
+        # step and average
+        norm = student.step(lr, cfg.clip)
+        finite.watch(step, norm + sums["loss"])
+
+        # log, sample, save
+        stopping = stop.agreed()
+        evaluating = cfg.eval_every > 0 and (last or done % cfg.eval_every == 0)
+        saving = stopping or last or (cfg.save_every > 0 and done % cfg.save_every == 0)
+        if not (logging or evaluating or saving):
+            continue
+        finite.require()                                                    # the first read of the device since the last log
+        values = processes.mean(torch.stack([*sums.values(), norm])).tolist()
+        now = time.perf_counter()
+        seconds += now - clock
+        row = {"step": done, **dict(zip([*sums, "grad_norm"], values)), "lr": lr,
+               "images_per_s": (done - clock_step) * cfg.batch_size / (now - clock), "seconds": seconds}
+        if cosine is not None:
+            row["grad_cosine"] = cosine
+        if evaluating:
+            samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed, processes, autocast)
+            row |= evaluate.scores(samples, sets, null)
+            if processes.main:
+                evaluate.sample_sheet(samples, null, out / "samples.png")
+        if logging or evaluating:
+            log.write(row)
+        if saving and processes.main:
+            run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": done, "tau": tau,
+                                                  "seconds": seconds, "code": code})
+        if stopping:
+            processes.print(f"stopped by a signal after step {done}, saved to {out / 'ckpt.pt'}: the same command goes on from there")
+            break
+        clock, clock_step = time.perf_counter(), done
+    stop.restore()
+    feed.close()
+    if processes.main:
+        rows = run.read_log(out / "log.jsonl")
+        evaluate.plot_curves(rows, out / "curves.png", tau if cfg.align != "none" else math.inf)
+        tell(rows, cfg)
+
+
+def tell(rows, cfg):
+    """The last lines of a run: what was reached, and what to try next."""
+    scored = next((r for r in reversed(rows) if "fd" in r), None)
+    if scored:
+        print(f"after {scored['step']} steps and {rows[-1]['seconds']:.0f} s of training: Frechet distance {scored['fd']:.3f} on pixels, "
+              f"{100 * scored['accuracy']:.1f} % of the samples look like the class they were made for")
+        print(f"pictures: {cfg.out}/samples.png, {cfg.out}/curves.png")
+    print(f"next: python sit.py --ckpt {cfg.out}/ckpt.pt --cfg 1.5   draws more; "
+          f"python haste_train.py --align none --out out/plain   is the same run without guidance")
+
+
+def main(argv=None):
+    cfg = run.parse(Config, argv, "haste_train.py", "Train SiT plainly, with REPA, or with HASTE.", PRESETS)
+    processes = None
+    try:
+        processes = run.Processes(cfg.device)
+        train(cfg, processes)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"haste_train.py: {e}") from None
+    finally:
+        if processes:
+            processes.close()
+
+
+if __name__ == "__main__":
+    main()

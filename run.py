@@ -1,0 +1,260 @@
+"""What every training run needs, whatever it trains: flags, processes, randomness, checkpoints, signals and a log.
+
+Started by `torchrun` it is one of many processes, started by `python` the only one; the code is the same.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+import typing
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# ---- flags from a dataclass
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and say what to do."""
+
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message = f"{unknown[1]} is no flag" + (f"; did you mean {near[0]}?" if near else "")
+        raise SystemExit(f"{self.prog}: {message} (--help lists every flag)")
+
+
+def parse(config, argv=None, prog=None, description=None, presets=None):
+    """Command line -> instance of the dataclass `config`, a flag for every field, its comment as help.
+
+    A preset is a dict of fields; flags that are given win over it. Raises SystemExit with one line.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
+    parser = Parser(prog, description=description)
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), default="digits", help="settings of a published or tested run")
+    for f in dataclasses.fields(config):
+        kind, flag = f.type, dict(dest=f.name, default=f.default, help=comments[f.name])
+        if typing.get_origin(kind) is typing.Literal:
+            flag["choices"] = typing.get_args(kind)
+        elif kind is bool:
+            flag["action"] = argparse.BooleanOptionalAction
+        else:                                                               # Optional[int] has its type as first argument
+            flag["type"] = next(iter(typing.get_args(kind)), kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), **flag)
+    if presets:
+        chosen, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+        parser.set_defaults(**presets[chosen.preset])
+    values = vars(parser.parse_args(argv))
+    values.pop("preset", None)
+    return config(**values)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ---- processes
+
+class Processes:
+    """The processes of a run: rank, world, device. Nothing here does anything when there is only one."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: this torch finds no CUDA device; use --device cpu, or install a CUDA build and driver")
+        try:
+            self.device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"--device {device} is no device; use auto, cpu, cuda or cuda:N") from None
+        self.main = self.rank == 0
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")                      # TF32, as the official code does
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+
+    def mean(self, values):
+        """Mean of a tensor over the processes (on its device)."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def gather(self, tensor):
+        """Concatenation, in the order of the ranks, of equally shaped tensors."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def print(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT -> every process stops after the same step. A second signal kills at once.
+
+    Signals reach processes at different steps, so the processes agree by a maximum, over gloo and read one step late:
+    the host never waits for the GPU.
+    """
+
+    def __init__(self, processes):
+        self.asked, self.world, self.pending = False, processes.world, None
+        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, *_):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def agreed(self):
+        """Called once a step by every process; the answer is the same for all."""
+        if self.world == 1:
+            return self.asked
+        last = self.pending
+        flag = torch.tensor([int(self.asked)])
+        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        if last is None:
+            return False
+        last[0].wait()
+        return bool(last[1].item())
+
+
+# ---- randomness: a pure function of the seed and of what it is for
+
+def seeded(device, *words):
+    """torch.Generator on `device` from non-negative integers, e.g. (seed, step)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+
+
+# ---- checkpoints
+
+def save_checkpoint(path, content):
+    """Write atomically: a crash at any moment leaves the old file or the new one."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:                                                   # a full disk, say: the old checkpoint stays
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def code_hash(*modules):
+    """Fingerprint of the source of modules: a checkpoint remembers which code it came from."""
+    return hashlib.sha256("".join(inspect.getsource(m) for m in modules).encode()).hexdigest()[:16]
+
+
+def resume_point(cfg, free, modules, processes):
+    """The checkpoint that `cfg.resume` asks for, or None. Raises ValueError where the flags are not those of its run.
+
+    auto: OUT/ckpt.pt where it exists; never: none; else a path. A finished run, and changed code, are told.
+    """
+    path = Path(cfg.out) / "ckpt.pt" if cfg.resume == "auto" else Path(cfg.resume)
+    if cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
+        return None
+    anew = "start anew with another --out, or with --resume never (which replaces what --out holds)"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a checkpoint") from None
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or no checkpoint): {anew}") from None
+    if not isinstance(saved, dict) or not {"model", "ema", "opt", "args", "arch", "steps", "tau", "seconds", "code"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of this program: {anew}")
+    now, was = dataclasses.asdict(cfg), saved["args"]
+    changed = ", ".join(f"{flag(k)} {now[k]} (was {was.get(k)})" for k in now if k not in free and now[k] != was.get(k))
+    if changed:
+        raise ValueError(f"{path} was trained with other flags: {changed}. Give the same ones to go on, or {anew}")
+    if saved["steps"] >= cfg.steps:
+        processes.print(f"{path} holds a finished run of {saved['steps']} steps: train on with a larger --steps, or {anew}")
+    else:
+        processes.print(f"going on from step {saved['steps']} of {path}")
+        if saved["code"] != code_hash(*modules):
+            processes.print("note: the code of model or training has changed since that checkpoint was written")
+    return saved
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first step whose loss or gradient was not finite; the host reads it before it logs or saves."""
+
+    def __init__(self, checkpoint, processes):
+        self.checkpoint, self.processes = checkpoint, processes
+        self.first = torch.full((), -1, device=processes.device)
+
+    def watch(self, step, value):
+        self.first = torch.where((self.first < 0) & ~torch.isfinite(value), step, self.first)
+
+    def require(self):
+        if self.processes.world > 1:
+            dist.all_reduce(self.first, dist.ReduceOp.MAX)
+        if self.first.item() >= 0:
+            last = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint was written before"
+            raise SystemExit(f"loss or gradient was not finite at step {self.first.item()}; {last}. Try a lower --lr, or --precision fp32")
+
+
+# ---- log
+
+class Log:
+    """log.jsonl, one object a line, by the first process. A resumed run drops the lines that lie beyond its checkpoint."""
+
+    SHOWN_ELSEWHERE = ("step", "lr", "grad_norm", "seconds")
+
+    def __init__(self, path, step, processes):
+        self.path, self.main = Path(path), processes.main
+        if self.main:
+            kept = [r for r in read_log(path) if r["step"] <= step] if step else []
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def write(self, row):
+        if self.main:
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(f"step {row['step']:6d}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.SHOWN_ELSEWHERE), flush=True)
+
+
+def read_log(path):
+    """Rows of a log.jsonl; a last line cut short by a crash is dropped."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
