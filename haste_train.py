@@ -126,9 +126,10 @@ def attention_alignment(q_s, k_s, q_t, k_t):
     One layer pair: q, k [B,H,N,d]; head numbers and widths may differ, the first min(H_s, H_t) heads are paired.
     True value and exact gradient, without an N x N matrix.
     """
-    q_s, k_s, q_t, k_t = (x.float() for x in (q_s, k_s, q_t, k_t))
-    surrogate = attention_alignment_grad(q_s, k_s, q_t, k_t)
-    return surrogate + (_attention_value(q_s, k_s, q_t, k_t) - surrogate).detach()
+    with torch.autocast(q_s.device.type, enabled=False):
+        qk = [x.float() for x in (q_s, k_s, q_t, k_t)]
+        surrogate = attention_alignment_grad(*qk)
+        return surrogate + (_attention_value(*qk) - surrogate).detach()
 
 
 def attention_alignment_grad(q_s, k_s, q_t, k_t):

@@ -333,9 +333,10 @@ def read_checkpoint(path):
 
 def _unwrap(content):
     """Any layout -> state dict with `blocks.i` names, the configuration beside it as a dict, encoder depth if it tells."""
-    args = content.get("args", {}) if isinstance(content, dict) else {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    sd = content.get("ema", content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    args = content.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else {**args, **content.get("arch", {})}
+    sd = content.get("ema", content)
     if "x_embedder.proj.weight" not in sd:
         raise ValueError("holds no SiT (no tensor named x_embedder.proj.weight)")
     encoder_depth = None

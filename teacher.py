@@ -349,7 +349,7 @@ def main(argv=None):
     parser.add_argument("--teacher-weights", help="file with the teacher's weights; fetched, or trained for small, when not given")
     parser.add_argument("--cache", default="out/cache", help="where small teachers are kept")
     parser.add_argument("--grid", type=int, help="patches along an image's short side; 24 when not given, fewer for tiny images")
-    parser.add_argument("--patches", help="patches whose attention is drawn, as row:column,... ; three of them when not given")
+    parser.add_argument("--patches", help="patches whose attention is drawn, as 3:4,10:2 (row:column); three of them when not given")
     parser.add_argument("--out", default="out/teacher.png", help="the picture")
     args = parser.parse_args(argv)
     try:
@@ -359,6 +359,8 @@ def main(argv=None):
 
 
 def draw_pictures(args, np, Image):
+    if args.grid is not None and args.grid < 1:
+        raise ValueError(f"--grid {args.grid} must be 1 or more")
     images = []
     for path in args.images:
         try:
@@ -380,7 +382,9 @@ def draw_pictures(args, np, Image):
         grid = tuple(max(1, round(grid * s / short)) for s in image.shape[1:])
         patches = [(grid[0] // 2, grid[1] // 2), (grid[0] // 4, grid[1] // 4), (3 * grid[0] // 4, 3 * grid[1] // 4)]
         if args.patches:
-            patches = [tuple(int(i) for i in p.split(":")) for p in args.patches.split(",")]
+            patches = [tuple(int(i) if i.isdigit() else -1 for i in p.split(":")) for p in args.patches.split(",")]
+            if any(len(p) != 2 or min(p) < 0 for p in patches):
+                raise ValueError(f"--patches {args.patches} must look like 3:4,10:2 (row:column)")
         if any(not (0 <= r < grid[0] and 0 <= c < grid[1]) for r, c in patches):
             raise ValueError(f"--patches {args.patches}: rows are 0 ... {grid[0] - 1}, columns 0 ... {grid[1] - 1}")
         seen.append((image, grid, [r * grid[1] + c for r, c in patches], *look(net, image, grid)))

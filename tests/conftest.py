@@ -1,0 +1,104 @@
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+sys.path[:0] = [str(ROOT), str(GOLDEN)]
+
+import data  # noqa: E402
+import haste_train  # noqa: E402
+import teacher  # noqa: E402
+from fill import draw, fill_state_dict  # noqa: E402
+
+
+class Golden:
+    """A golden file: its arrays as tensors, its configuration, and its weights and inputs made again."""
+
+    def __init__(self, name):
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+        self.config = json.loads(str(self.arrays["config"]))
+
+    def __getitem__(self, key):
+        return torch.from_numpy(self.arrays[key])
+
+    def draw(self, name, *shape):
+        return torch.from_numpy(draw(name, *shape, seed=self.config["seed"]))
+
+    def fill(self, model, skip=()):
+        """Load the filled weights; the model's names and shapes must be the official ones, all of them."""
+        assert {k: list(v.shape) for k, v in model.state_dict().items()} == self.config["keys"]
+        model.load_state_dict(fill_state_dict(model.state_dict(), self.config["seed"], skip))
+        return model.eval()
+
+
+def distance(a, b):
+    """Relative distance in norm."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# A run of a fraction of a second: four blocks 32 wide, 8 images a step.
+TINY = ["--depth", "4", "--hidden-size", "32", "--num-heads", "2", "--projector-dim", "16", "--batch-size", "8", "--steps", "4", "--stop", "3",
+        "--warmup", "2", "--lr", "0.02", "--ema", "0.5", "--log-every", "1", "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu",
+        "--resume", "never"]
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory):
+    """File of a small teacher that was trained for two steps: enough to be looked up to."""
+    folder, digits = tmp_path_factory.mktemp("teacher"), data.open_data("digits")
+    teacher.train_small(data.to_rgb(digits.train.images), digits.train.labels, embed_dim=16, num_heads=2, steps=2, cache=folder)
+    return next(folder.glob("teacher-*.pt"))
+
+
+@pytest.fixture
+def tiny_run(tmp_path, small_teacher):
+    """Call haste_train with flags on top of TINY; returns (log rows without times, checkpoint)."""
+    def call(*flags, out="run"):
+        out = tmp_path / out
+        haste_train.main([*TINY, "--out", str(out), "--cache", str(tmp_path / "cache"), "--teacher-weights", str(small_teacher), *flags])
+        return rows_of(out), torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else None
+    return call
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in rows]
+
+
+def same_weights(a, b, keys=("model", "ema", "opt")):
+    """Bit-for-bit equality of nested dicts of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_weights(a[k], b[k]) for k in (a.keys() if not set(keys) <= a.keys() else keys))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_weights(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """Three classes of four 40 x 48 images, one grey, one with transparency, one with a suffix in capitals."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for c in "abc":
+        (tmp_path / "photos" / c).mkdir(parents=True)
+        for i, mode in enumerate(("RGB", "L", "RGBA", "RGB")):
+            shape = (48, 40) + ((len(mode),) if len(mode) > 1 else ())
+            image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode)
+            image.save(tmp_path / "photos" / c / f"{i}.{'PNG' if i == 3 else 'png'}")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)

@@ -1,0 +1,124 @@
+"""Both alignment losses are the official ones, and attention alignment needs no attention map."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Golden, distance
+
+import haste_train
+from haste_train import attention_alignment, attention_alignment_grad, feature_alignment
+
+
+def plain_form(q_s, k_s, q_t, k_t):
+    """The definition, with both N x N matrices."""
+    H = min(q_s.shape[1], q_t.shape[1])
+    logits = lambda q, k: (q[:, :H] @ k[:, :H].mT) * q.shape[-1] ** -0.5
+    return -(logits(q_t, k_t).softmax(-1) * logits(q_s, k_s).log_softmax(-1)).sum(-1).mean()
+
+
+def inputs(student=(2, 4, 20, 8), teacher=(2, 3, 20, 6), seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    make = lambda shape: 2 * torch.randn(shape, generator=g, dtype=dtype)
+    return make(student).requires_grad_(), make(student).requires_grad_(), make(teacher), make(teacher)
+
+
+def test_official_losses_and_gradients():
+    g = Golden("haste_loss")
+    c = g.config
+    B, N, L = c["batch"], c["tokens"], len(c["student_layers"])
+    student = [[g.draw(f"{n}s{i}", B, c["student_heads"], N, c["student_head_dim"]).requires_grad_() for n in "qk"] for i in c["student_layers"]]
+    teacher = [[g.draw(f"{n}t{i}", B, c["teacher_heads"], N + 1, c["teacher_head_dim"])[:, :, 1:] for n in "qk"] for i in c["teacher_layers"]]
+    loss = sum(attention_alignment(*s, *t) for s, t in zip(student, teacher)) / L
+    loss.backward()
+    assert abs(loss.item() / g["attn_loss"].item() - 1) < 1e-5
+    for i, (q, k) in enumerate(student):
+        assert distance(q.grad[:, :, :2], g["grad_q"][i]) < 1e-5 and distance(k.grad[:, :, :2], g["grad_k"][i]) < 1e-5
+    z, target = g.draw("proj_s", B, N, c["z_dim"]).requires_grad_(), g.draw("proj_t", B, N, c["z_dim"])
+    loss = feature_alignment(z, target)
+    loss.backward()
+    assert abs(loss.item() - g["proj_loss"].item()) < 1e-5 and distance(z.grad[:, :2], g["grad_proj"]) < 1e-5
+
+
+@pytest.mark.parametrize("student,teacher", [
+    ((2, 4, 20, 8), (2, 4, 20, 8)),         # alike
+    ((2, 4, 20, 8), (2, 3, 20, 6)),         # narrower teacher with fewer heads
+    ((1, 2, 300, 4), (1, 5, 300, 16)),      # wider teacher with more heads, more queries than a chunk
+    ((1, 1, 1, 4), (1, 1, 1, 4)),           # one token
+])
+@pytest.mark.parametrize("form", [attention_alignment, attention_alignment_grad])
+def test_value_and_gradient_equal_the_plain_form(student, teacher, form):
+    q, k, q_t, k_t = inputs(student, teacher)
+    expected, found = plain_form(q, k, q_t, k_t), form(q, k, q_t, k_t)
+    if form is attention_alignment:
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(found, (q, k)), torch.autograd.grad(expected, (q, k))):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+
+
+def test_float64_proof_of_the_gradient():
+    """In float64 the surrogate's gradient is the plain form's to 1e-12: an identity, no approximation."""
+    q, k, q_t, k_t = inputs(dtype=torch.float64)
+    H, c = 3, q.shape[-1] ** -0.5
+    difference = haste_train.attend(q[:, :H].detach(), k[:, :H].detach(), k[:, :H]) - haste_train.attend(q_t, k_t, k[:, :H])
+    surrogate = c * (q[:, :H] * difference).sum(-1).mean()
+    for a, b in zip(torch.autograd.grad(surrogate, (q, k)), torch.autograd.grad(plain_form(q, k, q_t, k_t), (q, k))):
+        assert distance(a, b) < 1e-12
+
+
+def test_nothing_of_size_n_by_n_is_stored():
+    N = 512
+    q, k, q_t, k_t = inputs((1, 2, N, 16), (1, 2, N, 12))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        loss = attention_alignment(q, k, q_t, k_t)
+    assert sizes and max(sizes) < N * N
+    loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        plain_form(q, k, q_t, k_t)
+    assert max(sizes) >= N * N                                              # the plain form does store them
+
+
+def test_bfloat16_gradient_is_within_three_percent():
+    q, k, q_t, k_t = inputs((2, 4, 64, 32), (2, 4, 64, 32))
+    exact = torch.autograd.grad(attention_alignment(q, k, q_t, k_t), (q, k))
+    half = [x.detach().bfloat16().requires_grad_(x.requires_grad) for x in (q, k, q_t, k_t)]
+    for a, b in zip(torch.autograd.grad(attention_alignment_grad(*half), half[:2]), exact):
+        assert distance(a, b) < 0.03
+
+
+def test_aligned_student_has_no_gradient_and_pays_the_teachers_entropy():
+    q, k, _, _ = inputs()
+    loss = attention_alignment(q, k, q.detach(), k.detach())
+    P = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    assert torch.allclose(loss, -(P * P.log()).sum(-1).mean(), rtol=1e-5)
+    assert all(g.abs().max() < 1e-7 for g in torch.autograd.grad(loss, (q, k)))
+
+
+def test_losses_are_float32_under_autocast():
+    q, k, q_t, k_t = (x.detach().bfloat16() for x in inputs())
+    z = torch.randn(2, 20, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_alignment(q, k, q_t, k_t).dtype == feature_alignment(z, z).dtype == torch.float32
+    assert torch.allclose(feature_alignment(z, 3 * z), torch.tensor(-1.0)) and torch.allclose(feature_alignment(z, -z), torch.tensor(1.0))
+    with torch.autocast("cpu", torch.bfloat16):                             # nor may autocast reach into the float32 form
+        found = attention_alignment(*(x.detach() for x in inputs()))
+    assert torch.allclose(found, plain_form(*(x.detach() for x in inputs())), rtol=1e-5)
+
+
+def test_layer_table():
+    config = lambda model, align, **kw: haste_train.Config(model=model, align=align, depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
+    assert haste_train.layer_map(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+    assert haste_train.layer_map(config("SiT-L/2", "repa"), 12) == (8, [])
+    assert haste_train.layer_map(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
+    assert haste_train.layer_map(config("SiT-B/2", "repa"), 12) == (4, [])
+    assert haste_train.layer_map(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
+    assert haste_train.layer_map(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12) == (2, [(0, 3), (27, 11)])
+    for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
+                           (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
+        with pytest.raises(ValueError, match=message):
+            haste_train.layer_map(config("SiT-XL/2", "haste", **flags), 12)
+
+
+def test_feature_alignment_is_the_mean_cosine():
+    z, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    expected = -torch.stack([F.normalize(a, dim=0) @ F.normalize(b, dim=0) for a, b in zip(z.view(-1, 3), target.view(-1, 3))]).mean()
+    assert torch.allclose(feature_alignment(z, target), expected)

@@ -1,0 +1,171 @@
+"""The teacher is the official DINOv2, and the small one knows its digits."""
+import numpy as np
+import pytest
+import torch
+from conftest import Golden, distance
+from fill import fill_state_dict
+from PIL import Image
+
+import data
+import teacher
+
+
+@pytest.mark.parametrize("name", ["dinov2_reg0", "dinov2_reg4"])
+def test_tokens_and_attention_are_the_official_ones(name):
+    g = Golden(name)
+    c = g.config
+    net = g.fill(teacher.DINOv2(c["img_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["ffn"], c["registers"]))
+    image, N = g.draw("image", 2, 3, 14 * c["grid"], 14 * c["grid"]), c["grid"] ** 2
+    with pytest.raises(ValueError, match="resize_pos_embed"):
+        net(image)
+    net.resize_pos_embed(c["grid"])
+    with torch.no_grad():
+        tokens, taps = net(image, tap_layers=range(c["depth"]))
+        cls, again = net.features(image)
+        assert net(image)[1] == [] and torch.equal(net(image, (1, 0))[1][1][0], taps[0][0])
+    assert all(q.shape == (2, c["num_heads"], N, c["embed_dim"] // c["num_heads"]) for q, _ in taps)    # patch tokens only
+    assert distance(tokens, g["patch_tokens"]) < 1e-5 and distance(cls, g["cls_token"]) < 1e-5 and torch.equal(tokens, again)
+    assert distance(torch.stack([q @ k.mT * q.shape[-1] ** -0.5 for q, k in taps]), g["attn_logits"]) < 1e-5
+
+
+def test_position_embedding_is_resampled_like_the_official_one():
+    g = Golden("dinov2_pos_resample")
+    net = teacher.DINOv2(embed_dim=8, depth=1, num_heads=1)
+    net.pos_embed.data = g.draw("pos", 1, 1370, 8)
+    before = net.pos_embed.clone()
+    assert torch.equal(net.resize_pos_embed(37).pos_embed, before)
+    assert distance(net.resize_pos_embed(16).pos_embed.detach(), g["pos"]) < 1e-5
+
+
+def test_preprocessing_is_the_official_one():
+    g = Golden("dinov2_preprocess")
+    images = torch.from_numpy(np.clip(60 * g.draw("img", 1, 3, 256, 256).numpy() + 128, 0, 255).astype(np.uint8))
+    x = teacher.preprocess(images)
+    assert x.shape == (1, 3, 224, 224) and distance(x[:, :, :8, :8], g["corner"]) < 1e-5
+    assert abs(x.mean() - g["mean"]) < 1e-5 and abs(x.std() - g["std"]) < 1e-5
+    assert teacher.preprocess(torch.zeros(2, 3, 512, 512, dtype=torch.uint8)).shape == (2, 3, 448, 448)
+    assert teacher.preprocess(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid=16).shape == (2, 3, 224, 224)  # DINOv2 on CIFAR
+
+
+def test_every_published_size(tmp_path):
+    for name, millions in (("vits14", 22.06), ("vitb14", 86.58), ("vitl14", 304.37), ("vitg14", 1136.48)):
+        with torch.device("meta"):
+            net = teacher.DINOv2(**teacher.DINOV2_CONFIGS[name])
+        assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.02
+
+
+def test_weights_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(teacher.DINOV2_CONFIGS, "vits14", dict(embed_dim=16, depth=2, num_heads=2))     # a file of a few KB
+    net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2, num_register_tokens=4)
+    weights = fill_state_dict(net.state_dict())
+    path = tmp_path / "w.pth"
+    torch.save(weights, path)
+    loaded = teacher.load_dinov2("dinov2_vits14_reg", path)
+    assert not loaded.training and all(torch.equal(v, weights[k]) for k, v in loaded.state_dict().items())
+    for content, name, message in ((weights, "dinov2_vits14", "holds no dinov2_vits14: 1 tensors .* register_tokens"),
+                                   ({**weights, "norm.bias": torch.zeros(3)}, "dinov2_vits14_reg", "norm.bias"),
+                                   (weights, "dinov2_vitx14", "neither small nor one of dinov2_vits14"),
+                                   ([1], "dinov2_vits14", "holds no dinov2_vits14")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            teacher.load_dinov2(name, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        teacher.load_dinov2("dinov2_vits14", path)
+    with pytest.raises(FileNotFoundError, match="do not exist"):
+        teacher.load_dinov2("dinov2_vits14", tmp_path / "none.pth")
+
+
+def test_no_network_says_what_to_do(monkeypatch):
+    asked = []
+
+    def offline(url, **kwargs):
+        asked.append(url)
+        raise OSError("no route")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    for name in ("dinov2_vitb14", "dinov2_vitl14_reg"):
+        with pytest.raises(OSError, match="download https.* --teacher-weights"):
+            teacher.load_dinov2(name)
+    assert asked == ["https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+                     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"]
+
+
+# ---- the small teacher
+
+def digit_scores(features, raw=False):
+    """Accuracy on the 297 held-out digits of 1-nearest-neighbour and of a linear probe (logistic regression)."""
+    digits = data.open_data("digits")
+    (a, ya), (b, yb) = ((features(data.to_rgb(s.images)).double(), s.labels) for s in (digits.train, digits.held))
+    knn = (ya[torch.cdist(b, a).argmin(1)] == yb).double().mean().item()
+    mean, std = a.mean(0), a.std(0) + 1e-6
+    a, b = (torch.cat([(x - mean) / std, torch.ones(len(x), 1)], 1) for x in (a, b))
+    w = torch.zeros(a.shape[1], 10, dtype=torch.float64, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = torch.nn.functional.cross_entropy(a @ w, ya) + 1e-3 * w.square().sum()
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return knn, ((b @ w).argmax(1) == yb).double().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_small_teacher_beats_raw_pixels_on_held_out_digits(seed):
+    digits = data.open_data("digits")
+    net = teacher.train_small(data.to_rgb(digits.train.images), digits.train.labels, seed=seed)
+    features = lambda images: net(teacher.preprocess(images, net.grid, net.patch_size))[0].mean(1)
+    raw = digit_scores(lambda images: images[:, 0].flatten(1) / 255)
+    knn, probe = digit_scores(features)
+    print(f"seed {seed}: k-NN {100 * knn:.1f} % (raw {100 * raw[0]:.1f}), probe {100 * probe:.1f} % (raw {100 * raw[1]:.1f})")
+    assert knn >= max(raw[0], 0.984) and probe >= max(raw[1], 0.972)
+
+
+def test_small_teacher_learns_is_repeatable_and_cached(tmp_path, monkeypatch):
+    digits = data.open_data("digits")
+    images, labels = data.to_rgb(digits.train.images), digits.train.labels
+    kwargs = dict(embed_dim=16, num_heads=2, depth=2, steps=80, batch_size=32)
+    with torch.no_grad():                                                   # also where the caller has switched gradients off
+        net = teacher.train_small(images, labels, cache=tmp_path, **kwargs)
+    features = lambda images: net(teacher.preprocess(images, net.grid, net.patch_size))[0].mean(1)
+    assert digit_scores(features)[0] > 0.8                                  # chance is 0.1
+    other = teacher.train_small(images, labels, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
+    unlabelled = teacher.train_small(images, None, **{**kwargs, "steps": 3})
+    assert not torch.equal(unlabelled.pos_embed, net.pos_embed)
+    monkeypatch.setattr(teacher, "contrast", None)                          # from here on training would fail
+    cached = teacher.train_small(images, labels, cache=tmp_path, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), cached.parameters()))
+    assert not cached.training and not any(p.requires_grad for p in cached.parameters())
+
+
+# ---- the picture
+
+def test_picture_of_any_image(tmp_path, small_teacher):
+    rng = np.random.default_rng(0)
+    photo, grey = tmp_path / "p.jpg", tmp_path / "g.png"
+    Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(photo)
+    Image.fromarray(rng.integers(0, 256, (70, 50), dtype=np.uint8)).save(grey)
+    out = tmp_path / "deep" / "o.png"
+    flags = ["--teacher", "small", "--teacher-weights", str(small_teacher), "--out", str(out)]
+    teacher.main([str(photo), str(grey), *flags])
+    sizes = {Image.open(out).size}
+    teacher.main([*flags, "--patches", "0:0"])                              # the digits
+    sizes.add(Image.open(out).size)
+    assert len(sizes) == 2
+    text = tmp_path / "no.jpg"
+    text.write_text("no image")
+    for args, message in (([str(text)], "is no image"), ([str(photo), "--patches", "99:0"], "--patches 99:0"), (["--what"], "--what is no flag"),
+                          ([str(photo), "--patches", "x"], "--patches x must look like"), ([str(photo), "--grid", "0"], "--grid 0")):
+        with pytest.raises(SystemExit, match=message) as e:
+            teacher.main([*args, *flags])
+        assert "\n" not in str(e.value)
+
+
+def test_same_colour_means_same_feature():
+    tokens = torch.randn(20, 8)
+    colours = teacher.pca_colours(torch.cat([tokens, tokens]))
+    assert torch.equal(colours[:20], colours[20:]) and colours.min() >= 0 and colours.max() <= 1 and colours.shape == (40, 3)
+    assert torch.isfinite(teacher.pca_colours(torch.ones(4, 8))).all()

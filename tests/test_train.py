@@ -1,0 +1,531 @@
+"""One process: every flag acts, guidance ends cleanly, a resumed run is the straight run, bad input is one line."""
+import dataclasses
+import math
+import os
+import signal
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, rows_of, same_weights
+from PIL import Image
+
+import data
+import evaluate
+import haste_train
+import run
+import sit
+import teacher
+
+
+# ---- every flag changes something
+
+ALTERNATIVES = {
+    "mirror": ["--mirror"], "model": ["--model", "SiT-Ti/4"], "depth": ["--depth", "5"], "hidden_size": ["--hidden-size", "48"],
+    "num_heads": ["--num-heads", "4"], "qk_norm": ["--qk-norm"], "align": ["--align", "repa"], "stop": ["--stop", "2"],
+    "feature_weight": ["--feature-weight", "2"], "attention_weight": ["--attention-weight", "2"], "feature_depth": ["--feature-depth", "1"],
+    "pairs": ["--pairs", "1:0"], "projector_dim": ["--projector-dim", "24"], "path": ["--path", "cosine"], "time": ["--time", "lognormal"],
+    "label_drop": ["--label-drop", "0.9"], "steps": ["--steps", "5"], "batch_size": ["--batch-size", "4"], "lr": ["--lr", "0.01"],
+    "warmup": ["--warmup", "0"], "beta2": ["--beta2", "0.5"], "weight_decay": ["--weight-decay", "1"], "clip": ["--clip", "0.01"],
+    "ema": ["--ema", "0.9"], "seed": ["--seed", "1"], "log_every": ["--log-every", "2"], "eval_every": ["--eval-every", "1"],
+    "eval_samples": ["--eval-samples", "30"], "eval_steps": ["--eval-steps", "3"], "eval_cfg": ["--eval-cfg", "2"],
+    "precision": ["--precision", "bf16"], "accumulate": ["--accumulate", "4"],
+}
+ELSEWHERE = {  # flags whose effect is no number of the run, and the test that shows it
+    "data": "test_folders_train", "image_size": "test_folders_train", "data_root": "test_torchvision_sets", "device": "test_bad_flags",
+    "teacher": "test_teacher_flags", "teacher_weights": "test_teacher_flags", "cache": "test_teacher_flags", "out": "test_run_leaves_its_files",
+    "resume": "test_resume_flag", "save_every": "test_checkpoints_are_written_when_asked", "compile": "test_compile_flag",
+    "stop_interval": "test_automatic_stop", "stop_warmup": "test_automatic_stop", "stop_threshold": "test_automatic_stop",
+}
+
+
+@pytest.fixture(scope="module")
+def base_run(tmp_path_factory, small_teacher):
+    out = tmp_path_factory.mktemp("base")
+    haste_train.main([*TINY, "--out", str(out), "--teacher-weights", str(small_teacher)])
+    return rows_of(out), torch.load(out / "ckpt.pt", weights_only=True)
+
+
+def test_every_field_is_covered_commented_and_shown(capsys):
+    fields = {f.name for f in dataclasses.fields(haste_train.Config)}
+    assert fields == ALTERNATIVES.keys() | ELSEWHERE.keys() and not ALTERNATIVES.keys() & ELSEWHERE.keys()
+    assert all(name in globals() for name in ELSEWHERE.values())
+    with pytest.raises(SystemExit):
+        haste_train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(haste_train.Config):
+        assert run.flag(f.name) in text
+    assert text.count("default: ") >= len(fields) and "default: 0.004" in text
+
+
+@pytest.mark.parametrize("field", ALTERNATIVES)
+def test_every_flag_changes_something(field, base_run, tiny_run):
+    rows, saved = tiny_run(*ALTERNATIVES[field])
+    assert rows != base_run[0] or not same_weights(saved["ema"], base_run[1]["ema"])
+    if field not in ("eval_every", "eval_samples", "eval_steps", "eval_cfg", "log_every"):      # looking must not touch
+        assert not same_weights(saved["ema"], base_run[1]["ema"])
+    else:
+        assert same_weights(saved["ema"], base_run[1]["ema"])
+
+
+def test_the_same_flags_give_the_same_run(base_run, tiny_run):
+    rows, saved = tiny_run()
+    assert rows == base_run[0] and same_weights(saved, base_run[1])
+
+
+def test_presets_set_what_flags_do_not(monkeypatch):
+    seen = []
+    monkeypatch.setattr(haste_train, "train", lambda cfg, processes: seen.append(cfg))
+    haste_train.main(["--preset", "cifar10", "--lr", "0.5", "--device", "cpu"])
+    cfg = seen[0]
+    assert cfg.data == "cifar10" and cfg.model == "SiT-S/2" and cfg.mirror and cfg.lr == 0.5
+    fields = {f.name for f in dataclasses.fields(haste_train.Config)}
+    for preset in haste_train.PRESETS.values():
+        assert preset.keys() <= fields
+        haste_train.check(haste_train.Config(**preset), world=1)
+
+
+def test_run_leaves_its_files(tmp_path, tiny_run, capsys):
+    rows, saved = tiny_run(out="here")
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {"log.jsonl", "ckpt.pt", "samples.png", "curves.png"}
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["step"] for r in rows if "fd" in r] == [2, 4]
+    assert all(r.keys() >= {"loss", "grad_norm", "lr"} for r in rows)
+    assert [("feature_loss" in r, "attention_loss" in r) for r in rows] == [(True, True)] * 3 + [(False, False)]
+    assert rows[3].keys() >= {"fd", "fd_held", "accuracy", "nearest", "nearest_held"}
+    assert saved["steps"] == 4 and saved["args"]["hidden_size"] == 32 and isinstance(saved["args"], dict)
+    lines = capsys.readouterr().out.splitlines()
+    assert "Frechet distance" in lines[-3] and "samples.png" in lines[-2] and lines[-1].startswith("next: ")
+    assert Image.open(tmp_path / "here" / "samples.png").size == ((2 * 9 - 1) * 8, (10 * 9 - 1) * 8)     # a row a class
+    model = sit.load_sit(tmp_path / "here" / "ckpt.pt")                     # our own heads, 2 at width 32, from the file
+    assert model.blocks[0].attn.num_heads == 2 and model.projectors is not None and model.encoder_depth == 3
+    assert same_weights(dict(model.state_dict()), dict(saved["ema"]), keys=("no",))
+
+
+def test_checkpoints_are_written_when_asked(tiny_run, monkeypatch):
+    written = []
+    save = run.save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", lambda path, content: (written.append(content["steps"]), save(path, content)))
+    for every, steps in (("0", [4]), ("3", [3, 4])):
+        written.clear()
+        tiny_run("--save-every", every)
+        assert written == steps
+
+
+def test_compile_flag(tiny_run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sit.SiT, "compile", lambda self: compiled.append(self))
+    tiny_run("--compile")
+    assert len(compiled) == 1
+    tiny_run("--no-compile")
+    assert len(compiled) == 1
+
+
+def test_teacher_flags(tiny_run, tmp_path, small_teacher, monkeypatch, base_run):
+    net = teacher.load_small(small_teacher)
+    with torch.no_grad():
+        net.norm.weight.mul_(torch.linspace(0.5, 2, 16))
+    torch.save({"config": net.config, "model": net.state_dict()}, tmp_path / "other.pt")
+    assert tiny_run("--teacher-weights", str(tmp_path / "other.pt"))[0] != base_run[0]
+    asked = []
+    monkeypatch.setattr(teacher, "load_dinov2", lambda name, weights: (asked.append((name, weights)), teacher.DINOv2(embed_dim=8, depth=12, num_heads=2))[1])
+    rows, saved = tiny_run("--teacher", "dinov2_vits14", "--teacher-weights", "w.pth")
+    assert asked == [("dinov2_vits14", "w.pth")] and saved["arch"]["z_dim"] == 8
+    trained, original = [], teacher.train_small
+    monkeypatch.setattr(teacher, "train_small", lambda *args, **kw: (trained.append(kw["cache"]), original(*args, steps=1, **kw))[1])
+    haste_train.main([*TINY, "--out", str(tmp_path / "c"), "--cache", str(tmp_path / "kept")])
+    assert set(trained) == {str(tmp_path / "kept")} and len(list((tmp_path / "kept").glob("teacher-*.pt"))) == 1
+
+
+# ---- guidance and its end
+
+class Watch:
+    """Counts the teacher's calls and keeps what the loop hands to the losses."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.terms, self.teacher = 0, [], None
+        make, losses = haste_train.make_teacher, haste_train.losses
+
+        def make_watched(*args):
+            net = make(*args)
+            self.teacher = weakref.ref(net)
+            net.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+            return net
+
+        def watched(model, *args, **kw):
+            total, terms = losses(model, *args, **kw)
+            params = [p for p in (model if isinstance(model, torch.nn.Module) else model.__self__).parameters() if p.requires_grad]
+            reach = {k: sum(g is not None and bool(g.any()) for g in torch.autograd.grad(v, params, retain_graph=True, allow_unused=True))
+                     for k, v in terms.items()}
+            self.terms.append(reach)
+            return total, terms
+        monkeypatch.setattr(haste_train, "make_teacher", make_watched)
+        monkeypatch.setattr(haste_train, "losses", watched)
+
+
+def test_guidance_acts_before_its_end_and_is_absent_after(tiny_run, monkeypatch):
+    watch = Watch(monkeypatch)
+    tiny_run("--steps", "6", "--stop", "3")
+    assert watch.calls == 3 and watch.teacher() is None                     # never called again, and its memory is free
+    assert [set(t) for t in watch.terms] == [{"loss", "feature_loss", "attention_loss"}] * 3 + [{"loss"}] * 3
+    assert all(n > 0 for terms in watch.terms[1:3] for n in terms.values())
+    for flags, calls in ((["--stop", "never"], 6), (["--stop", "0"], 0), (["--align", "none"], 0)):
+        watch.calls = 0
+        tiny_run("--steps", "6", *flags)
+        assert watch.calls == calls
+
+
+def test_losses_are_weighted_as_stated():
+    torch.manual_seed(0)
+    model = sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=6, projector_dim=8, encoder_depth=2)
+    x, eps, t, y = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
+    targets = torch.randn(2, 16, 6), [(torch.randn(2, 3, 16, 4), torch.randn(2, 3, 16, 4)) for _ in range(2)]
+    cfg = haste_train.Config(feature_weight=0.3, attention_weight=0.7)
+    total, terms = haste_train.losses(model, x, eps, t, y, targets, [(0, 1), (2, 2)], cfg, exact=True)
+    assert torch.allclose(total, terms["loss"] + 0.3 * terms["feature_loss"] + 0.7 * terms["attention_loss"])
+    assert torch.allclose(terms["loss"], sit.flow_loss(model, x, y, t, eps))
+    _, _, taps = model(sit.interpolant(x, eps, t)[0], t, y, tap_layers=(0, 2))
+    assert torch.allclose(terms["attention_loss"], sum(haste_train.attention_alignment(*s, *k) for s, k in zip(taps, targets[1])) / 2)
+    cheap, cheap_terms = haste_train.losses(model, x, eps, t, y, targets, [(0, 1), (2, 2)], cfg)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad(l, params, allow_unused=True) for l in (total, cheap))):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
+    repa, terms = haste_train.losses(model, x, eps, t, y, (targets[0], []), [], cfg)
+    assert terms.keys() == {"loss", "feature_loss"}
+    plain, terms = haste_train.losses(model, x, eps, t, y, None, [], cfg)
+    assert terms.keys() == {"loss"} and torch.equal(plain, terms["loss"])
+
+
+def test_optimizer_state_of_the_rest_survives_bit_for_bit(tiny_run, monkeypatch):
+    seen, end = [], haste_train.Student.end_guidance
+
+    def watched(self):
+        snapshot = lambda: {n: {k: v.clone() for k, v in self.opt.state[p].items()} for n, p in self.model.named_parameters() if p in self.opt.state}
+        before = snapshot()
+        end(self)
+        after = snapshot()
+        seen.append(after.keys())
+        assert before.keys() - after.keys() == {n for n in before if n.startswith("projectors.")} != set()
+        assert all(torch.equal(v, after[n][k]) for n in after for k, v in before[n].items())
+        assert len(self.opt.state) == len(after) and len(self.opt.param_groups) == 1
+    monkeypatch.setattr(haste_train.Student, "end_guidance", watched)
+    rows, saved = tiny_run("--stop", "2")
+    assert len(seen) == 1 and len(saved["opt"]["param_groups"]) == 1
+    for name in ("model", "ema"):                                           # REPA's strict loader finds its projector
+        assert sum(k.startswith("projectors.0.") for k in saved[name]) == 6
+
+
+def test_automatic_stop(tiny_run, monkeypatch):
+    angles = iter([0.5, -0.01, -0.2])
+    monkeypatch.setattr(haste_train, "gradient_cosine", lambda *a: torch.tensor(next(angles)))
+    flags = ["--stop", "auto", "--steps", "12", "--stop-warmup", "3", "--stop-interval", "3", "--log-every", "5", "--eval-every", "0"]
+    rows, saved = tiny_run(*flags)
+    assert {r["step"]: round(r["grad_cosine"], 3) for r in rows if "grad_cosine" in r} == {4: 0.5, 7: -0.01, 10: -0.2}
+    assert saved["tau"] == 9 and ["feature_loss" in r for r in rows] == [r["step"] <= 9 for r in rows]
+    for change, tau in ((["--stop-warmup", "6"], 12), (["--stop-interval", "2", "--stop-warmup", "4"], 8), (["--stop-threshold", "0"], 6)):
+        angles = iter([0.5, -0.01, -0.2])
+        assert tiny_run(*flags, "--steps", "14", *change)[1]["tau"] == tau
+
+
+def test_gradient_cosine_is_the_angle_of_the_two_gradients():
+    torch.manual_seed(0)
+    model = sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=6, projector_dim=8, encoder_depth=2)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    x, eps, y = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4)
+    targets, cfg, cosines = (torch.randn(4, 16, 6), []), haste_train.Config(), []
+    params = list(model.blocks[1].parameters())
+    for t in (0.02, 0.1, 0.5, 0.8):
+        t = torch.full((4,), t)
+        flow = torch.autograd.grad(sit.flow_loss(model, x, y, t, eps), params)
+        z = model(sit.interpolant(x, eps, t)[0], t, y, tap_layers=())[1]
+        align = torch.autograd.grad(0.5 * haste_train.feature_alignment(z, targets[0]), params)
+        a, b = (torch.cat([g.flatten() for g in grads]) for grads in (flow, align))
+        cosines.append((a @ b / a.norm() / b.norm()).item())
+    found = haste_train.gradient_cosine(model, x, eps, y, targets, [], cfg).item()
+    assert abs(found - np.mean(cosines)) < 1e-4
+
+
+# ---- resume
+
+@pytest.mark.parametrize("flags", [["--stop", "2"], ["--stop", "3"], ["--stop", "4"], ["--stop", "never", "--precision", "bf16"], ["--align", "none"],
+                                   ["--stop", "auto", "--stop-warmup", "2", "--stop-interval", "3", "--stop-threshold", "1"]])
+def test_resumed_run_is_the_straight_run_bit_for_bit(tiny_run, flags):
+    flags = [*flags, "--resume", "auto", "--eval-every", "0"]
+    rows, saved = tiny_run(*flags, "--steps", "6", out="straight")
+    for steps in ("2", "3", "6"):
+        rows_2, saved_2 = tiny_run(*flags, "--steps", steps, out="parts")
+    assert same_weights(saved, saved_2) and rows == rows_2 and saved["tau"] == saved_2["tau"]
+
+
+def test_accumulation_is_the_whole_batch(tiny_run):
+    flags = ["--steps", "20", "--stop", "10", "--eval-every", "0", "--batch-size", "8"]
+    whole, parts = tiny_run(*flags)[0], tiny_run(*flags, "--accumulate", "2")[0]
+    for a, b in zip(whole, parts):
+        assert all(abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k])) for k in ("loss", "feature_loss", "attention_loss") if k in a)
+
+
+def test_resume_flag(tiny_run, tmp_path, capsys):
+    rows, saved = tiny_run("--resume", "auto")
+    capsys.readouterr()
+    tiny_run("--resume", "auto")
+    out = capsys.readouterr().out
+    assert "holds a finished run of 4 steps" in out and "--steps" in out and "--resume never" in out and out.count("\n") == 1
+    with pytest.raises(SystemExit, match=r"other flags: --lr 0.5 \(was 0.02\), --ema 0.1 \(was 0.5\)") as e:
+        tiny_run("--resume", "auto", "--lr", "0.5", "--ema", "0.1", "--steps", "9")
+    assert "\n" not in str(e.value) and "--resume never" in str(e.value)
+    ckpt = tmp_path / "run" / "ckpt.pt"
+    assert same_weights(torch.load(ckpt, weights_only=True), saved)         # nothing was lost
+    tiny_run("--resume", "auto", "--steps", "5", "--log-every", "2", "--eval-every", "3", "--save-every", "9")   # these may differ
+    assert torch.load(ckpt, weights_only=True)["steps"] == 5
+    tiny_run("--resume", str(ckpt), "--steps", "6", out="other")
+    assert torch.load(tmp_path / "other" / "ckpt.pt", weights_only=True)["steps"] == 6
+    assert same_weights(tiny_run("--resume", "never")[1], saved)
+    content = torch.load(ckpt, weights_only=True)
+    torch.save({**content, "code": "older"}, ckpt)
+    tiny_run("--resume", "auto", "--steps", "5")
+    assert "code of model or training has changed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--resume nowhere.pt does not exist"):
+        tiny_run("--resume", "nowhere.pt")
+    for content in (ckpt.read_bytes()[:5000], b""):
+        ckpt.write_bytes(content)
+        with pytest.raises(SystemExit, match="ckpt.pt cannot be read.*--resume never"):
+            tiny_run("--resume", "auto")
+        assert ckpt.read_bytes() == content
+    torch.save({"ema": {}}, ckpt)
+    with pytest.raises(SystemExit, match="no checkpoint of this program"):
+        tiny_run("--resume", "auto")
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    run.save_checkpoint(path, {"steps": 1})
+
+    def full(content, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        run.save_checkpoint(path, {"steps": 2})
+    assert torch.load(path, weights_only=True) == {"steps": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_signal_finishes_the_step_and_saves(tiny_run, tmp_path, monkeypatch, capsys):
+    rows, straight = tiny_run("--steps", "6", out="straight")
+    real = data.batches
+
+    def interrupted(*args, **kw):
+        for i, batch in enumerate(real(*args, **kw)):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    monkeypatch.setattr(data, "batches", interrupted)
+    rows, saved = tiny_run("--steps", "6", "--resume", "auto")              # main returns: exit status 0
+    assert saved["steps"] == 3 and "stopped by a signal after step 3" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(data, "batches", real)
+    assert same_weights(tiny_run("--steps", "6", "--resume", "auto")[1], straight)
+
+
+def test_nothing_is_saved_after_a_value_that_is_not_finite(tiny_run, tmp_path, monkeypatch):
+    losses, calls = haste_train.losses, []
+
+    def breaking(*args, **kw):
+        calls.append(1)
+        total, terms = losses(*args, **kw)
+        return (total * math.nan, terms) if len(calls) == 5 else (total, terms)
+    monkeypatch.setattr(haste_train, "losses", breaking)
+    with pytest.raises(SystemExit, match="not finite at step 4; the last good checkpoint is .*ckpt.pt") as e:
+        tiny_run("--steps", "9", "--save-every", "3", "--log-every", "8")
+    assert "--lr" in str(e.value)
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["steps"] == 3
+    calls.clear()
+    with pytest.raises(SystemExit, match="no checkpoint was written before"):
+        tiny_run("--steps", "9", "--save-every", "0", "--log-every", "8", out="second")
+
+
+# ---- data
+
+def test_digits_are_split_for_good():
+    digits = data.open_data("digits")
+    assert len(digits.train) == 1500 and len(digits.held) == 297 and digits.train.images.shape == (1500, 1, 8, 8)
+    assert digits.train.images.max() == 255 and digits.train.images.dtype == torch.uint8
+    rows = {x.numpy().tobytes() for x in digits.train.images} & {x.numpy().tobytes() for x in digits.held.images}
+    assert not rows and torch.bincount(digits.held.labels).min() > 20
+    assert digits.train.labels[:8].tolist() == data.open_data("digits").train.labels[:8].tolist()
+
+
+def test_order_is_a_function_of_seed_and_step_alone():
+    rows = np.concatenate([data.global_rows(10, 3, s, 4) for s in range(10)])
+    assert all(sorted(rows[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))      # epochs without a gap
+    assert not np.array_equal(rows[:10], rows[10:20]) and np.array_equal(rows[8:12], data.global_rows(10, 3, 2, 4))
+    assert sorted(data.global_rows(3, 0, 0, 7)[:6]) == [0, 0, 1, 1, 2, 2]                # a batch larger than the set
+    digits = data.open_data("digits").train
+    whole, parts = (data.batches(digits, 0, 5, 8, m) for m in (slice(None), slice(4, 8)))
+    next(whole), next(parts)
+    assert torch.equal(next(whole)[0][4:8], next(parts)[0])
+
+
+def test_center_crop_is_the_official_one():
+    from conftest import Golden
+    g = Golden("center_crop")
+    image = np.clip(60 * np.kron(g.draw("img", 40, 25, 3).numpy(), np.ones((16, 16, 1))) + 128, 0, 255).astype(np.uint8)
+    assert np.array_equal(np.array(data.center_crop(Image.fromarray(image), 64)), g.arrays["crop"])
+
+
+def test_folders_train(tiny_run, photo_folder):
+    rows, saved = tiny_run("--data", str(photo_folder), "--image-size", "16", "--eval-samples", "9")
+    assert saved["arch"]["num_classes"] == 3 and saved["arch"]["in_channels"] == 3 and saved["arch"]["input_size"] == 16
+    assert "fd" in rows[-1] and "fd_held" not in rows[-1]
+    other = tiny_run("--data", str(photo_folder), "--image-size", "24", "--eval-samples", "9", out="b")[0]
+    assert other != rows
+    photo_folder.rename(photo_folder.with_name("train"))
+    (photo_folder.parent / "test").symlink_to(photo_folder.with_name("train"))
+    split = data.open_data(str(photo_folder.parent), 16)
+    assert split.classes == ["a", "b", "c"] and len(split.train) == len(split.held) == 12
+
+
+def test_torchvision_sets(monkeypatch, tmp_path, tiny_run):
+    import torchvision
+
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data, self.targets = np.zeros((20, 32, 32, 3), np.uint8), list(range(10)) * 2
+            self.classes, roots[len(roots):] = list("abcdefghij"), [root]
+    roots = []
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    cifar = data.open_data("cifar10", root="there")
+    assert roots == ["there"] * 2 and cifar.train.images.shape == (20, 3, 32, 32) and cifar.size == 32
+    with pytest.raises(SystemExit, match="--image-size 16 does not fit"):
+        tiny_run("--data", "cifar10", "--image-size", "16")
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("no route\nsecond line")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(SystemExit, match="--data cifar10 could not be downloaded to there .*--data digits") as e:
+        tiny_run("--data", "cifar10", "--data-root", "there")
+    assert "\n" not in str(e.value)
+
+
+# ---- evaluation
+
+def test_frechet_distance_in_closed_form():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=g, dtype=torch.float64) @ torch.randn(6, 6, generator=g, dtype=torch.float64)
+    assert 0 <= evaluate.frechet(x, x) < 1e-9
+    assert abs(evaluate.frechet(x, x + 2) - 24) < 1e-8                      # equal covariances: |mu1 - mu2|^2 = 6 * 4
+    assert abs(evaluate.frechet(x, 3 * (x - x.mean(0)) + x.mean(0)) - 4 * torch.cov(x.T).trace()) < 1e-7    # sum (s1 - s2)^2
+    from scipy.linalg import sqrtm
+    y = torch.randn(400, 6, generator=g, dtype=torch.float64)
+    a, b = torch.cov(x.T).numpy(), torch.cov(y.T).numpy()
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert abs(evaluate.frechet(x, y) - expected) < 1e-8 and abs(evaluate.frechet(y, x) - expected) < 1e-8
+
+
+def test_scores_of_real_and_of_memorised_digits():
+    digits = data.open_data("digits")
+    sets = evaluate.reference(digits)
+    by_class = [digits.held.images[digits.held.labels == c][:20] for c in range(10)]
+    scores = evaluate.scores(torch.stack([by_class[i % 10][i // 10] for i in range(200)]), sets, 10)
+    assert scores["accuracy"] > 0.97 and scores["fd"] < 0.5 and abs(scores["nearest"] - scores["nearest_held"]) < 0.1
+    copies = evaluate.scores(digits.train.images[:200], sets, 10)
+    assert copies["nearest"] < 1e-6 and copies["nearest_held"] > 0.9          # memorising shows
+    noise = torch.randint(0, 256, (200, 1, 8, 8)).byte()
+    assert evaluate.scores(noise, sets, 10)["fd"] > 2
+
+
+def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run, monkeypatch):
+    seen, draw = [], evaluate.draw_samples
+
+    def watched(model, *args):
+        seen.append((model, model.training, [p.clone() for p in model.parameters()]))
+        return draw(model, *args)
+    monkeypatch.setattr(evaluate, "draw_samples", watched)
+    rows, saved = tiny_run()
+    model, training, weights = seen[-1]
+    assert not training and all(torch.equal(w, saved["ema"][k]) for w, (k, _) in zip(weights, model.named_parameters()))
+    assert not same_weights(saved["ema"], saved["model"])
+
+
+# ---- bad input: one line that names the flag or file, and the remedy
+
+@pytest.mark.parametrize("flags,message", [
+    (["--lrr", "1"], "--lrr is no flag; did you mean --lr"),
+    (["--model", "SiT-M/2"], "--model SiT-M/2 is none of SiT-Ti/1"),
+    (["--model", "SiT-Ti/3"], "--model SiT-Ti/3 is none of"),
+    (["--align", "both"], "--align: invalid choice: 'both'"),
+    (["--preset", "big"], "--preset: invalid choice: 'big'"),
+    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    (["--lr", "-1"], "--lr -1.0 must be a positive number"),
+    (["--stop", "soon"], "--stop soon must be a number of steps, auto or never"),
+    (["--steps", "0"], "--steps 0 must be 1 or more"),
+    (["--ema", "1"], r"--ema 1.0 must lie in \[0, 1\)"),
+    (["--batch-size", "9", "--accumulate", "2"], "--batch-size 9 must be a multiple of 2"),
+    (["--hidden-size", "30", "--num-heads", "4"], "width 30 must be a multiple of the 4 heads"),
+    (["--image-size", "16"], "--image-size 16 does not fit --data digits"),
+    (["--data", "nowhere"], "--data nowhere is no folder, and none of digits, cifar10"),
+    (["--feature-depth", "9"], "--feature-depth 9 must lie in 1 ... 4"),
+    (["--pairs", "9:1"], "--pairs 9:1: student blocks are 0 ... 3"),
+    (["--teacher", "dino", "--teacher-weights", "x"], "teacher 'dino' is neither small nor one of dinov2_vits14"),
+    (["--teacher-weights", "none.pt"], "none.pt do not exist"),
+    (["--device", "gpu"], "--device gpu is no device; use auto, cpu, cuda"),
+    pytest.param(["--device", "cuda"], "--device cuda: this torch finds no CUDA device; use --device cpu",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")),
+])
+def test_bad_flags(tiny_run, flags, message):
+    with pytest.raises(SystemExit, match=message) as e:
+        tiny_run(*flags)
+    assert "\n" not in str(e.value) and str(e.value).startswith("haste_train.py: ")
+
+
+def test_bad_folders(tiny_run, tmp_path, photo_folder):
+    def line(folder, *flags):
+        with pytest.raises(SystemExit) as e:
+            tiny_run("--data", str(folder), *flags)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no class folders" in line(empty)
+    (empty / "cats").mkdir()
+    assert "no images" in line(empty)
+    assert "needs --image-size: 0.png is 40 x 48" in line(photo_folder)
+    assert "--image-size 15 must be a multiple of 2" in line(photo_folder, "--image-size", "15")
+    bad = photo_folder / "a" / "9.jpg"
+    bad.write_text("this is no image")
+    assert f"{bad} is no image" in line(photo_folder, "--image-size", "16")
+    whole = (photo_folder / "a" / "0.png").read_bytes()
+    bad.unlink()
+    (photo_folder / "a" / "8.png").write_bytes(whole[:len(whole) // 2])     # the header is fine, the rest is missing
+    assert "8.png cannot be decoded" in line(photo_folder, "--image-size", "16", "--batch-size", "16")
+
+
+def test_bad_sampling(tmp_path, tiny_run):
+    tiny_run()
+    ckpt = tmp_path / "run" / "ckpt.pt"
+    out = ["--device", "cpu", "--num", "4", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    torch.save(sit.SiT(8, 2, 4, 384, 1, 6, 10).state_dict(), tmp_path / "latent.pt")
+    for flags, message in ((["--ckpt", "none.pt"], "none.pt does not exist"), (["--ckpt", str(ckpt), "--num", "0"], "--num 0 must be 1"),
+                           (["--ckpt", str(ckpt), "--out", "x.gif"], "--out x.gif must end in .png"), (["--cgf", "2"], "did you mean --cfg"),
+                           (["--ckpt", str(tmp_path / "latent.pt")], "latents of 4 channels")):
+        with pytest.raises(SystemExit, match=message) as e:
+            sit.main([*out, *flags])
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flags", [["--sampler", "ode"], ["--sampler", "heun"], ["--sampler", "sde"], ["--labels", "random"], ["--cfg", "2"],
+                                   ["--cfg", "2", "--interval", "0", "0.5"], ["--seed", "1"], ["--steps", "4"], ["--precision", "bf16"],
+                                   ["--to-uint8", "truncate"], ["--num", "9"], ["--path", "cosine"]])
+def test_sampling_program(tmp_path, tiny_run, monkeypatch, flags):
+    tiny_run("--ema", "0")
+    drawn = []
+    monkeypatch.setattr(data, "save_grid", lambda images, path, columns: drawn.append((images, columns)))
+    base = ["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--num", "12", "--steps", "3", "--device", "cpu"]
+    sit.main([*base, "--batch-size", "12"])
+    sit.main([*base, "--batch-size", "5"])
+    sit.main([*base, *flags])
+    assert drawn[0][0].shape == (12, 1, 8, 8) and drawn[0][1] == 10
+    assert (drawn[0][0].int() - drawn[1][0].int()).abs().max() <= 1         # the batch size changes nothing but rounding
+    if flags != ["--sampler", "sde"]:
+        assert drawn[2][0].shape != drawn[0][0].shape or not torch.equal(drawn[2][0], drawn[0][0])
