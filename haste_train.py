@@ -6,15 +6,13 @@
 Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
 Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
     n <  tau    E|v(x_t, t, y) - v|^2  +  w_f E[-cos(projector(h), y_teacher)]  +  w_a E[CE(A_teacher, A_student)]
-    n >= tau    E|v(x_t, t, y) - v|^2            teacher and projector are gone        (HASTE eqs. 4-8; REPA eq. 8)
+    n >= tau    E|v(x_t, t, y) - v|^2            teacher and projector are gone
 
 Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n) and then sliced: results do not
 depend on the number of processes, and a resume needs only the step. The same command resumes.
 
 Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, d = D/H.
 """
-import copy
-import gc
 import math
 import sys
 import time
@@ -25,7 +23,6 @@ from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import data as data_module
 import evaluate
@@ -50,15 +47,15 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     # the guidance
     align: Literal["none", "repa", "haste"] = "haste"  # plain, feature alignment, feature and attention alignment
-    stop: str = "400"  # guidance ends at this step, at a step found by gradient angle (auto), or never
+    stop: str = "500"  # guidance ends at this step, at a step found by gradient angle (auto), or never
     stop_interval: int = 50  # with --stop auto: steps between two looks at the angle
     stop_warmup: int = 100  # with --stop auto: steps before the first look
     stop_threshold: float = -0.05  # with --stop auto: guidance ends when the mean cosine falls below this
     teacher: str = "small"  # small (trained here, cached), or dinov2_vits14, vitb14, vitl14, vitg14, each also _reg
     teacher_weights: Optional[str] = None  # file with the teacher's weights; fetched when not given
     cache: str = "out/cache"  # where small teachers are kept
-    feature_weight: float = 0.5  # weight of feature alignment
-    attention_weight: float = 0.5  # weight of attention alignment
+    feature_weight: float = 1.0  # weight of feature alignment; the papers' is 0.5
+    attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
     feature_depth: Optional[int] = None  # blocks before the projector, where it is not the table's
     pairs: Optional[str] = None  # blocks student:teacher whose attention is aligned, as 4:8,5:9, where not the table's
     projector_dim: int = 256  # width of the projector
@@ -71,7 +68,7 @@ class Config:
     batch_size: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts into which a process cuts its batch
     lr: float = 4e-3  # learning rate of AdamW
-    warmup: int = 50  # steps of linear warm-up
+    warmup: int = 100  # steps of linear warm-up
     beta2: float = 0.999  # second-moment decay of AdamW
     weight_decay: float = 0.0  # weight decay of AdamW
     clip: float = 1.0  # largest norm of the gradient
@@ -96,11 +93,12 @@ FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_eve
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
-    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000,
-                    ema=0.9995, projector_dim=2048, log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
+    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", feature_weight=0.5, attention_weight=0.5, projector_dim=2048,
+                    stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995,
+                    log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
 }
 
-# HASTE's layer map (section 4.1 and its table 5): feature depth, feature depth of REPA alone, and student <- teacher pairs,
+# HASTE's layer map: feature depth, feature depth of REPA alone, and student <- teacher pairs,
 # all for a teacher of 12 blocks; other depths are mapped in proportion. S and Ti are ours.
 ALIGNMENT = {
     "SiT-Ti": (3, 3, ((0, 7), (1, 9), (2, 11))),
@@ -120,14 +118,14 @@ def feature_alignment(z, target):
 
 
 def attention_alignment(q_s, k_s, q_t, k_t):
-    """HASTE's attention loss (its eq. 6): cross-entropy of the student's attention under the teacher's, in float32.
+    """HASTE's attention loss: cross-entropy of the student's attention under the teacher's, in float32.
 
     -sum_j softmax_j(q_t k_t^T / sqrt(d_t)) log softmax_j(q_s k_s^T / sqrt(d_s)), mean over batch, heads and queries.
     One layer pair: q, k [B,H,N,d]; head numbers and widths may differ, the first min(H_s, H_t) heads are paired.
     True value and exact gradient, without an N x N matrix.
     """
     with torch.autocast(q_s.device.type, enabled=False):
-        qk = [x.float() for x in (q_s, k_s, q_t, k_t)]
+        qk = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_s, k_s, q_t, k_t)]
         surrogate = attention_alignment_grad(*qk)
         return surrogate + (_attention_value(*qk) - surrogate).detach()
 
@@ -144,7 +142,8 @@ def attention_alignment_grad(q_s, k_s, q_t, k_t):
     H = min(q_s.shape[1], q_t.shape[1])
     q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
     difference = attend(q_s.detach(), k_s.detach(), k_s) - attend(q_t.detach(), k_t.detach(), k_s)      # [B,H,N,d_s]
-    return (q_s * difference).sum(-1, dtype=torch.float32).mean() * q_s.shape[-1] ** -0.5
+    dot = (q_s * difference).sum(-1, dtype=torch.promote_types(q_s.dtype, torch.float32))               # [B,H,N]
+    return dot.mean() * q_s.shape[-1] ** -0.5
 
 
 @torch.no_grad()
@@ -190,7 +189,7 @@ def check(cfg, world):
     def need(ok, name, remedy):
         if not ok:
             raise ValueError(f"{run.flag(name)} {getattr(cfg, name)} {remedy}")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "projector_dim", "eval_samples", "eval_steps"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "projector_dim", "eval_steps"):
         need(getattr(cfg, name) >= 1, name, "must be 1 or more")
     for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight", "weight_decay"):
         need(getattr(cfg, name) >= 0, name, "must be 0 or more")
@@ -198,6 +197,7 @@ def check(cfg, world):
         need(0 < getattr(cfg, name) < math.inf, name, "must be a positive number")
     for name in ("ema", "beta2"):
         need(0 <= getattr(cfg, name) < 1, name, "must lie in [0, 1)")
+    need(cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
     need(0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
     need(cfg.model in sit.SIT_CONFIGS, "model", f"is none of {', '.join(sit.SIT_CONFIGS)}")
     need(cfg.stop in ("auto", "never") or cfg.stop.isdigit(), "stop", "must be a number of steps, auto or never")
@@ -259,69 +259,9 @@ def draw(cfg, step, shape, device):
     return eps, u, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0)
 
 
-# ---- what is trained
+# ---- the automatic end of the guidance
 
-class Student:
-    """Model, its average (EMA) and its optimizer; once the guidance has ended, the projector's last weights on the host."""
-
-    def __init__(self, arch, cfg, processes):
-        torch.manual_seed(cfg.seed)
-        self.processes, self.decay = processes, cfg.ema
-        self.model = sit.SiT(**arch).to(processes.device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if cfg.compile:
-            self.model.compile()                                            # in place: names stay, and the EMA is not compiled
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [[p for n, p in named if n.startswith("projectors.") == is_projector] for is_projector in (False, True)]
-        self.opt = torch.optim.AdamW([dict(params=g) for g in groups if g], lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                     weight_decay=cfg.weight_decay, fused=True)
-        self.projector = {"model": {}, "ema": {}}
-        self.wrap()
-
-    def wrap(self):
-        """`net` is what the loop calls: the model, under DDP where there are several processes."""
-        self.net = self.model
-        if self.processes.world > 1:
-            gc.collect()                                                    # an old wrapper's hooks must be gone first
-            ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def end_guidance(self):
-        """The projector leaves model, EMA, optimizer and device; everything else keeps its state bit for bit."""
-        self.opt.zero_grad()
-        for name, m in (("model", self.model), ("ema", self.ema)):
-            self.projector[name] = {k: w.cpu() for k, w in m.state_dict().items() if k.startswith("projectors.")}
-        for p in self.model.projectors.parameters():
-            self.opt.state.pop(p, None)
-        self.opt.param_groups.pop()                                         # the projector's group is the last one
-        self.model.projectors = self.ema.projectors = self.net = None
-        if self.processes.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.wrap()
-
-    def step(self, lr, clip):
-        """Clip, update, average; returns the gradient's norm before clipping, on the device."""
-        for group in self.opt.param_groups:
-            group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.opt.step()
-        self.opt.zero_grad()
-        torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], 1 - self.decay)
-        return norm
-
-    def state(self):
-        return {"model": {**self.model.state_dict(), **self.projector["model"]},
-                "ema": {**self.ema.state_dict(), **self.projector["ema"]}, "opt": self.opt.state_dict()}
-
-    def load(self, saved):
-        sit.load_strictly(self.model, saved["model"])
-        sit.load_strictly(self.ema, saved["ema"])
-        if len(saved["opt"]["param_groups"]) < len(self.opt.param_groups):  # saved after the end of the guidance
-            self.end_guidance()
-        self.opt.load_state_dict(saved["opt"])
-
-
-STOP_TIMES = (0.02, 0.1, 0.5, 0.8)                                          # HASTE's section on the automatic trigger
+STOP_TIMES = (0.02, 0.1, 0.5, 0.8)                                          # HASTE's, for the automatic trigger
 
 
 def gradient_cosine(model, x, eps, y, targets, pairs, cfg):
@@ -371,7 +311,8 @@ def prepare(cfg, saved, processes):
         teacher = make_teacher(cfg, images, images.size // patch, processes)
         feature_depth, pairs = layer_map(cfg, teacher.depth)
         arch |= dict(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
-    student = Student(arch, cfg, processes)
+    torch.manual_seed(cfg.seed)
+    student = run.Student(sit.SiT(**arch), cfg, processes, guide="projectors.")
     if saved:
         student.load(saved)
     return images, teacher, pairs, student, arch, tau
@@ -406,6 +347,10 @@ def train(cfg, processes):
         with torch.no_grad(), autocast:
             return teacher(teacher_module.preprocess(to_rgb(pixels), grid, teacher.patch_size), [t for _, t in pairs])
 
+    def save(steps):
+        run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": steps, "tau": tau,
+                                              "seconds": seconds, "code": code})
+
     clock, clock_step = time.perf_counter(), start
     for step in range(start, cfg.steps):
         done, cosine = step + 1, None
@@ -418,13 +363,19 @@ def train(cfg, processes):
             tau = step if cosine < cfg.stop_threshold else tau
         if student.model.projectors is not None and step >= tau:
             teacher = None                                                  # never run again, its memory is free
-            student.end_guidance()
+            student.drop_guide()
             processes.print(f"step {step}: the guidance ends")
 
         logging = last or done % cfg.log_every == 0 or cosine is not None
 
         # batch: everything random is drawn for the global batch, and sliced
-        pixels, y = (b.to(device, non_blocking=True) for b in next(feed))
+        try:
+            pixels, y = (b.to(device, non_blocking=True) for b in next(feed))
+        except (ValueError, OSError):                                       # an image that cannot be decoded loses no step
+            if world == 1 and step > start:
+                finite.require()
+                save(step)
+            raise
         eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, shape, device))
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         x, y = to_pixels(pixels), torch.where(dropped, null, y)
@@ -466,8 +417,7 @@ def train(cfg, processes):
         if logging or evaluating:
             log.write(row)
         if saving and processes.main:
-            run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": done, "tau": tau,
-                                                  "seconds": seconds, "code": code})
+            save(done)
         if stopping:
             processes.print(f"stopped by a signal after step {done}, saved to {out / 'ckpt.pt'}: the same command goes on from there")
             break
@@ -476,8 +426,9 @@ def train(cfg, processes):
     feed.close()
     if processes.main:
         rows = run.read_log(out / "log.jsonl")
-        evaluate.plot_curves(rows, out / "curves.png", tau if cfg.align != "none" else math.inf)
-        tell(rows, cfg)
+        if rows:
+            evaluate.plot_curves(rows, out / "curves.png", tau if cfg.align != "none" else math.inf)
+            tell(rows, cfg)
 
 
 def tell(rows, cfg):

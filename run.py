@@ -3,8 +3,10 @@
 Started by `torchrun` it is one of many processes, started by `python` the only one; the code is the same.
 """
 import argparse
+import copy
 import dataclasses
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 # ---- flags from a dataclass
@@ -149,6 +152,69 @@ class StopSignal:
             return False
         last[0].wait()
         return bool(last[1].item())
+
+
+# ---- what is trained
+
+class Student:
+    """A model, its average (EMA) and its optimizer, on this process's device; `net` is what the loop calls (DDP, if need be).
+
+    Parameters whose names start with `guide` serve the training only: `drop_guide` takes them away in mid-run.
+    """
+
+    def __init__(self, model, cfg, processes, guide="-"):
+        self.processes, self.decay, self.guide = processes, cfg.ema, guide
+        self.model = model.to(processes.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if cfg.compile:
+            self.model.compile()                                            # in place: names stay, and the EMA is not compiled
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = [[p for n, p in named if n.startswith(guide) == is_guide] for is_guide in (False, True)]
+        self.opt = torch.optim.AdamW([dict(params=g) for g in groups if g], lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                     weight_decay=cfg.weight_decay, fused=True)
+        self.kept = {"model": {}, "ema": {}}                                # the guide's last weights, on the host
+        self.wrap()
+
+    def wrap(self):
+        self.net = self.model
+        if self.processes.world > 1:
+            gc.collect()                                                    # an old wrapper's hooks must be gone first
+            ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def drop_guide(self):
+        """The guide leaves model, EMA, optimizer and device; the rest keeps its state bit for bit, checkpoints keep the guide."""
+        self.opt.zero_grad()
+        for p in self.opt.param_groups.pop()["params"]:                     # the guide's group is the last one
+            self.opt.state.pop(p, None)
+        for name, m in (("model", self.model), ("ema", self.ema)):
+            self.kept[name] = {k: w.cpu() for k, w in m.state_dict().items() if k.startswith(self.guide)}
+            setattr(m, self.guide.rstrip("."), None)
+        self.net = None
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.wrap()
+
+    def step(self, lr, clip):
+        """Clip, update, average; returns the gradient's norm before clipping, on the device."""
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.opt.step()
+        self.opt.zero_grad()
+        torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], 1 - self.decay)
+        return norm
+
+    def state(self):
+        return {"model": {**self.model.state_dict(), **self.kept["model"]}, "ema": {**self.ema.state_dict(), **self.kept["ema"]},
+                "opt": self.opt.state_dict()}
+
+    def load(self, saved):
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
+        if len(saved["opt"]["param_groups"]) < len(self.opt.param_groups):  # saved after the guide had gone
+            self.drop_guide()
+        self.opt.load_state_dict(saved["opt"])
 
 
 # ---- randomness: a pure function of the seed and of what it is for

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# name: depth, width, heads of the published sizes (SiT table 1). Ti (ours) is the one that a laptop trains on the digits.
+# name: depth, width, heads of the published sizes. Ti (ours) is the one that a laptop trains on the digits.
 _SIZES = {"SiT-Ti": (6, 128, 4), "SiT-S": (12, 384, 6), "SiT-B": (12, 768, 12), "SiT-L": (24, 1024, 16), "SiT-XL": (28, 1152, 16)}
 SIT_CONFIGS = {f"{name}/{p}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
                for name, (depth, width, heads) in _SIZES.items() for p in (1, 2, 4, 8)}
@@ -212,7 +212,7 @@ class SiT(nn.Module):
 # ---- path and loss
 
 def _path(t, path):
-    """alpha, sigma and their derivatives at t (a tensor) of x_t = alpha x + sigma eps  (SiT eq. 3 and section 3.1)."""
+    """alpha, sigma and their derivatives at t (a tensor) of x_t = alpha x + sigma eps  (SiT eq. 1)."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "cosine":
@@ -228,7 +228,7 @@ def interpolant(x, eps, t, path="linear"):
 
 
 def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
-    """Flow-matching loss E |model(x_t, t, y) - v|^2  (SiT eq. 6), a scalar in float32 or better.
+    """Flow-matching loss E |model(x_t, t, y) - v|^2  (SiT eq. 5), a scalar in float32 or better.
 
     x [B,C,h,w] clean, y [B]; t [B] and eps like x are drawn (uniform, normal) where None.
     `label_drop` is the probability of training a sample without its label; it needs `model.num_classes`, the null label.
@@ -263,7 +263,7 @@ def _guided(velocity, y, dtype, cfg_scale, null_label):
 
 @torch.no_grad()
 def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0), null_label=None, heun=False):
-    """Integrate dx = v dt from x [B,...] (noise, t = 1) to t = 0 in uniform steps: Euler (order 1) or Heun (order 2).
+    """Integrate dx = v dt (SiT eq. 2) from x [B,...] (noise, t = 1) to t = 0 in uniform steps: Euler (order 1) or Heun (order 2).
 
     velocity(x, t [B], y [B]) -> v. Guidance acts where cfg_scale != 1 and low <= t <= high. Heun's last step is Euler's,
     and its second evaluation keeps the guidance decision of the step's start. Returns x's dtype.
@@ -282,7 +282,7 @@ def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1
 @torch.no_grad()
 def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), null_label=None, path="linear",
                last_step=0.04, randn=torch.randn_like):
-    """Euler-Maruyama on the reverse SDE (SiT eq. 9 with w_t = 2t), from x [B,...] at t = 1 to t = 0.
+    """Euler-Maruyama on the reverse SDE (SiT eq. 4 with w_t = 2t, the score by eq. 9), from x [B,...] at t = 1 to t = 0.
 
         dx = (v - w_t s / 2) dt + sqrt(w_t) dW,     score s = (r v - x) / (sigma^2 - r sigma' sigma),  r = alpha / alpha'
     num_steps - 1 noisy steps reach t = last_step, one without noise reaches 0: the score blows up there.
@@ -368,6 +368,7 @@ def load_sit(path, num_heads=None):
                     z_dim=sd["projectors.0.4.weight"].shape[0] if projector else None,
                     projector_dim=sd["projectors.0.0.weight"].shape[0] if projector else 2048)
         load_strictly(model, sd)
+        model.path = args.get("path") or args.get("path_type") or "linear"  # what it was trained on; ours and REPA's say so
     except KeyError as e:
         raise ValueError(f"{path}: the SiT in it has no tensor {e}") from None
     except ValueError as e:
@@ -397,7 +398,7 @@ def main(argv=None):
     parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times with guidance")
     parser.add_argument("--sampler", choices=("sde", "ode", "heun"), default="sde", help="Euler-Maruyama, Euler or Heun")
     parser.add_argument("--steps", type=int, default=250, help="sampling steps")
-    parser.add_argument("--path", choices=("linear", "cosine"), default="linear", help="path of the training; for the SDE")
+    parser.add_argument("--path", choices=("linear", "cosine"), help="path of the training, for the SDE; the checkpoint knows it, or it is linear")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn by index")
     parser.add_argument("--to-uint8", choices=("round", "truncate"), default="round", help="from [-1, 1] to 0 ... 255")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) alone")
@@ -437,7 +438,7 @@ def sample_images(args, device):
         kwargs = dict(num_steps=args.steps, cfg_scale=args.cfg, cfg_interval=args.interval)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             if args.sampler == "sde":
-                x = sample_sde(model, x.to(device), y.to(device), path=args.path, randn=randn, **kwargs)
+                x = sample_sde(model, x.to(device), y.to(device), path=args.path or model.path, randn=randn, **kwargs)
             else:
                 x = sample_ode(model, x.to(device), y.to(device), heun=args.sampler == "heun", **kwargs)
         images.append(data.to_uint8(x, args.to_uint8).cpu())

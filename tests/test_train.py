@@ -197,7 +197,7 @@ def test_losses_are_weighted_as_stated():
 
 
 def test_optimizer_state_of_the_rest_survives_bit_for_bit(tiny_run, monkeypatch):
-    seen, end = [], haste_train.Student.end_guidance
+    seen, end = [], run.Student.drop_guide
 
     def watched(self):
         snapshot = lambda: {n: {k: v.clone() for k, v in self.opt.state[p].items()} for n, p in self.model.named_parameters() if p in self.opt.state}
@@ -208,7 +208,7 @@ def test_optimizer_state_of_the_rest_survives_bit_for_bit(tiny_run, monkeypatch)
         assert before.keys() - after.keys() == {n for n in before if n.startswith("projectors.")} != set()
         assert all(torch.equal(v, after[n][k]) for n in after for k, v in before[n].items())
         assert len(self.opt.state) == len(after) and len(self.opt.param_groups) == 1
-    monkeypatch.setattr(haste_train.Student, "end_guidance", watched)
+    monkeypatch.setattr(run.Student, "drop_guide", watched)
     rows, saved = tiny_run("--stop", "2")
     assert len(seen) == 1 and len(saved["opt"]["param_groups"]) == 1
     for name in ("model", "ema"):                                           # REPA's strict loader finds its projector
@@ -451,6 +451,7 @@ def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run,
 # ---- bad input: one line that names the flag or file, and the remedy
 
 @pytest.mark.parametrize("flags,message", [
+    (["--eval-samples", "1"], "--eval-samples 1 must be 2 or more"),
     (["--lrr", "1"], "--lrr is no flag; did you mean --lr"),
     (["--model", "SiT-M/2"], "--model SiT-M/2 is none of SiT-Ti/1"),
     (["--model", "SiT-Ti/3"], "--model SiT-Ti/3 is none of"),
@@ -499,6 +500,8 @@ def test_bad_folders(tiny_run, tmp_path, photo_folder):
     bad.unlink()
     (photo_folder / "a" / "8.png").write_bytes(whole[:len(whole) // 2])     # the header is fine, the rest is missing
     assert "8.png cannot be decoded" in line(photo_folder, "--image-size", "16", "--batch-size", "16")
+    assert "8.png cannot be decoded" in line(photo_folder, "--image-size", "16", "--batch-size", "2", "--steps", "9", "--eval-every", "0")
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["steps"] >= 1       # the steps before it are not lost
 
 
 def test_bad_sampling(tmp_path, tiny_run):

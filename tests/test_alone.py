@@ -1,0 +1,94 @@
+"""Each model file works alone in an empty folder; the README's commands do what it says."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ALONE = {
+    "sit.py": """
+import torch, sit
+model = sit.SiT(8, 2, 4, 32, 2, 2, 10, z_dim=6, projector_dim=8, encoder_depth=1)
+x, y = torch.randn(2, 4, 8, 8), torch.arange(2)
+v, z, taps = model(x, torch.rand(2), y, tap_layers=(1,))
+sit.flow_loss(model, x, y, label_drop=0.1).backward()
+for sample in (sit.sample_ode, sit.sample_sde):
+    assert sample(model, x, y, num_steps=3, cfg_scale=1.5).shape == x.shape
+torch.save(model.state_dict(), "w.pt")
+assert sit.load_sit("w.pt", num_heads=2)(x, torch.rand(2), y).shape == x.shape
+""",
+    "teacher.py": """
+import torch, teacher
+images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+net = teacher.train_small(images, torch.arange(40) % 4, steps=2, embed_dim=16, batch_size=16)
+tokens, taps = net(teacher.preprocess(images, 4, 2), tap_layers=(1,))
+assert tokens.shape == (40, 16, 16) and taps[0][0].shape == (40, 4, 16, 4)
+net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2).resize_pos_embed(2)
+assert net.features(teacher.preprocess(images[:2], 2))[0].shape == (2, 16)
+""",
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_file_alone_in_an_empty_folder(name, tmp_path):
+    shutil.copy(ROOT / name, tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", ALONE[name]], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the README
+
+SHORT = "--steps 20"                                                        # the README names it as the quick look
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_first_block_runs_the_main_job_and_second_the_tests():
+    first, second = blocks("bash")[:2]
+    assert first.strip().count("\n") == 0 and second.strip().count("\n") == 0
+    assert first.strip().endswith("pip install -r requirements.txt && python haste_train.py")
+    assert second.strip().endswith("&& python -m pytest")
+    command = second.strip().replace("pip install ", "pip install -q ")
+    assert command in (ROOT / ".ci" / "run").read_text()                    # .ci/run is the installation's test
+    assert SHORT in (ROOT / "README.md").read_text()
+
+
+def readme_commands():
+    """Every `python ...` line of the bash blocks, without installation, torchrun on eight GPUs, and long experiments."""
+    lines = [line.split("&&")[-1].split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ") and "pytest" not in line and "experiments/" not in line]
+
+
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path):
+    for f in [*ROOT.glob("*.py"), ROOT / "digits.npz"]:
+        shutil.copy(f, tmp_path)
+    commands = readme_commands()
+    assert len(commands) >= 5
+    for command in commands:
+        args = shlex.split(command)[1:]
+        if args[0] == "haste_train.py" and "--help" not in args:
+            args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
+        if args[0] == "sit.py":
+            args += ["--num", "4", "--steps", "4"]
+        done = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
+    for picture in ("samples.png", "curves.png", "grid.png", "teacher.png"):
+        assert (tmp_path / "out" / picture).exists(), picture
+
+
+@pytest.mark.slow
+def test_readme_python_runs(tmp_path):
+    for f in ROOT.glob("*.py"):
+        shutil.copy(f, tmp_path)
+    assert blocks("python")
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, code + done.stderr

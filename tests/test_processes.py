@@ -1,0 +1,166 @@
+"""Many processes, killed processes, compiled processes. Each test starts some: `python -m pytest -m slow`."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, rows_of, same_weights
+
+pytestmark = pytest.mark.slow
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(processes, *flags, out, teacher=None, env=(), **kwargs):
+    """Popen of haste_train.py, under torchrun where there are several processes; output goes to OUT.txt."""
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                      f"--nproc_per_node={processes}", *kwargs.pop("torchrun", [])]
+    command = [*launch, str(ROOT / "haste_train.py"), *TINY, "--eval-every", "0", "--out", str(out), *flags]
+    command += ["--teacher-weights", str(teacher)] if teacher else []
+    with open(f"{out}.txt", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**ENV, **dict(env)}, start_new_session=True)
+
+
+def finish(process, out, code=0, timeout=300):
+    try:
+        assert process.wait(timeout) == code, Path(f"{out}.txt").read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Path(f"{out}.txt").read_text()
+
+
+def go(processes, *flags, out, **kwargs):
+    return finish(start(processes, *flags, out=out, **kwargs), out)
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "ckpt.pt", weights_only=True)
+
+
+def workers_of(process):
+    """Process ids of torchrun's workers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            if parent == process.pid and "haste_train.py" in (stat.parent / "cmdline").read_text():
+                found.append(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return sorted(found)
+
+
+def wait_for_step(out, step, timeout=120):
+    """Until log.jsonl holds this step."""
+    until = time.time() + timeout
+    while time.time() < until:
+        if (Path(out) / "log.jsonl").exists() and any(r.get("step", 0) >= step for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()[:-1])):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(Path(f"{out}.txt").read_text()[-3000:])
+
+
+def test_two_processes_are_one(tmp_path, small_teacher):
+    """Same loss curve for one process, two processes, and two with accumulation, across the end of the guidance."""
+    flags = ["--steps", "20", "--stop", "10", "--mirror"]
+    for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
+        go(n, *flags, *extra, out=tmp_path / name, teacher=small_teacher)
+    one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
+    for a, b, c in zip(one, two, parts):
+        assert a.keys() == b.keys() == c.keys() and ("feature_loss" in a) == (a["step"] <= 10)
+        for k, tolerance in (("loss", 1e-5), ("feature_loss", 1e-5), ("attention_loss", 1e-5), ("grad_norm", 1e-4)):
+            assert k not in a or max(abs(a[k] - b[k]), abs(a[k] - c[k])) < tolerance * max(1, abs(a[k])), (a["step"], k)
+    assert len(one) == len(two) == 20
+
+
+def test_resume_on_two_processes_is_bit_for_bit(tmp_path, small_teacher):
+    flags = ["--resume", "auto", "--stop", "4"]
+    go(2, *flags, "--steps", "8", out=tmp_path / "straight", teacher=small_teacher)
+    for steps in ("3", "6", "8"):
+        go(2, *flags, "--steps", steps, out=tmp_path / "parts", teacher=small_teacher)
+    assert same_weights(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "parts"))
+    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "parts")
+    text = go(1, *flags, "--steps", "9", out=tmp_path / "parts", teacher=small_teacher)     # on another number of processes
+    assert "going on from step 8" in text and checkpoint(tmp_path / "parts")["steps"] == 9
+
+
+@pytest.mark.parametrize("processes,whom", [(1, "all"), (2, "one"), (2, "all")])
+def test_sigterm_saves_and_exits_with_0(tmp_path, small_teacher, processes, whom):
+    """A signal to any process ends all after the same step; the same command then reaches the undisturbed weights."""
+    flags = ["--resume", "auto", "--steps", "4000", "--stop", "20"]
+    process = start(processes, *flags, out=tmp_path / "run", teacher=small_teacher)
+    wait_for_step(tmp_path / "run", 10)
+    targets = [process.pid] if processes == 1 else workers_of(process)
+    assert len(targets) == processes
+    for pid in targets if whom == "all" else targets[-1:]:
+        os.kill(pid, signal.SIGTERM)
+    text = finish(process, tmp_path / "run", code=0)
+    done = checkpoint(tmp_path / "run")["steps"]
+    assert 10 <= done < 4000 and f"stopped by a signal after step {done}" in text
+    goal = str(done + 5)
+    go(processes, *flags[:-4], "--stop", "20", "--steps", goal, out=tmp_path / "run", teacher=small_teacher)
+    go(processes, *flags[:-4], "--stop", "20", "--steps", goal, out=tmp_path / "straight", teacher=small_teacher)
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+
+
+def test_sigterm_to_torchrun_itself_loses_nothing(tmp_path, small_teacher):
+    process = start(2, "--resume", "auto", "--steps", "4000", out=tmp_path / "run", teacher=small_teacher)
+    wait_for_step(tmp_path / "run", 5)
+    process.terminate()                                                     # torchrun hands it to its workers, and itself exits with 1
+    process.wait(60)
+    assert checkpoint(tmp_path / "run")["steps"] >= 5 and "stopped by a signal" in (tmp_path / "run.txt").read_text()
+
+
+def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path, small_teacher):
+    """kill -9 while a checkpoint is written at every step; the survivor reaches the undisturbed run's weights."""
+    rng, flags = random.Random(0), ["--resume", "auto", "--save-every", "1", "--stop", "30"]
+    for i in range(5):
+        process = start(1, *flags, "--steps", "4000", out=tmp_path / "run", teacher=small_teacher)
+        wait_for_step(tmp_path / "run", (checkpoint(tmp_path / "run")["steps"] if i else 0) + 3)
+        time.sleep(rng.random() / 2)
+        process.kill()
+        process.wait()
+        saved = checkpoint(tmp_path / "run")                                # readable, whatever was going on
+    goal = str(saved["steps"] + 3)
+    go(1, *flags, "--steps", goal, out=tmp_path / "run", teacher=small_teacher)
+    go(1, *flags, "--save-every", "0", "--steps", goal, out=tmp_path / "straight", teacher=small_teacher)
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight") and not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
+    flags = ["--resume", "auto", "--save-every", "5", "--steps", "60", "--stop", "30"]
+    process = start(2, *flags, out=tmp_path / "run", teacher=small_teacher, torchrun=["--max-restarts=2"])
+    wait_for_step(tmp_path / "run", 12)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    text = finish(process, tmp_path / "run")
+    assert "going on from step" in text
+    go(2, *flags, out=tmp_path / "straight", teacher=small_teacher)
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+
+
+def test_errors_of_many_processes_are_one_line(tmp_path):
+    process = start(2, "--batch-size", "9", out=tmp_path / "run")
+    text = finish(process, tmp_path / "run", code=1)
+    assert "--batch-size 9 must be a multiple of 2 (processes x --accumulate)" in text and "haste_train.py\", line" not in text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_precision_and_compile(tmp_path, small_teacher, processes):
+    """Ten steps across the end of the guidance: bf16 and compiled runs stay within 2 % of fp32, one recompilation."""
+    flags = ["--steps", "10", "--stop", "5"]
+    go(processes, *flags, "--precision", "fp32", out=tmp_path / "fp32", teacher=small_teacher)
+    reference = rows_of(tmp_path / "fp32")
+    for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"]), ("both", ["--precision", "bf16", "--compile"])):
+        text = go(processes, *flags, *extra, out=tmp_path / name, teacher=small_teacher, env={"TORCH_LOGS": "recompiles"})
+        for a, b in zip(reference, rows_of(tmp_path / name)):
+            assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])
+        assert len(re.findall("Recompiling function", text)) == (processes if "--compile" in extra else 0), text
+        assert all(w.dtype == torch.float32 for w in checkpoint(tmp_path / name)["model"].values())
