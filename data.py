@@ -11,6 +11,7 @@ Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository,
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 DIGITS_FILE, DIGITS_MAX, DIGITS_TRAIN = Path(__file__).with_name("digits.npz"), 16, 1500
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
+NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)           # what PIL raises for files that it cannot read
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -92,9 +94,9 @@ def _torchvision(name, root):
     make = getattr(torchvision.datasets, TORCHVISION_SETS[name])
     try:
         sets = [make(root, train=train, download=True) for train in (True, False)]
-    except (RuntimeError, OSError) as e:
-        raise OSError(f"--data {name} could not be downloaded to {root} ({str(e).splitlines()[0]}): "
-                      f"connect once, or copy torchvision's files there, or use --data digits") from None
+    except (RuntimeError, OSError, HTTPException) as e:
+        raise OSError(f"--data {name} could not be downloaded to {root} ({' '.join(str(e).split())}): connect once, "
+                      f"or copy torchvision's files there, or use --data digits") from None
     arrays = []
     for s in sets:
         images = torch.as_tensor(s.data)                                    # [M,H,W] grey or [M,H,W,3]
@@ -109,7 +111,7 @@ def _folders(folder, size):
         raise ValueError(f"--data {folder} is no folder, and none of digits, {', '.join(TORCHVISION_SETS)}")
     train = folder / "train" if (folder / "train").is_dir() else folder
     held = next((folder / n for n in ("test", "val") if train != folder and (folder / n).is_dir()), None)
-    classes = sorted(d.name for d in train.iterdir() if d.is_dir())
+    classes = sorted(d.name for d in train.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
         raise ValueError(f"--data {folder} has no class folders: put the images of each class into a folder of their own")
     size = size or _common_size(train)
@@ -140,7 +142,7 @@ def open_image(path):
     """PIL image, header read. Raises ValueError naming the file when it is none."""
     try:
         return Image.open(path)
-    except (OSError, SyntaxError) as e:
+    except NO_IMAGE as e:
         raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair it or take it out of the folder") from None
 
 
@@ -148,7 +150,7 @@ def center_crop(image, size):
     """ADM's crop to RGB size x size (Dhariwal & Nichol 2021): halve while large, resize the short side, cut the middle."""
     try:
         image = image.convert("RGB")                                        # decodes; grey, palette, CMYK and alpha too
-    except (OSError, SyntaxError) as e:
+    except NO_IMAGE as e:
         raise ValueError(f"{getattr(image, 'filename', 'image')} cannot be decoded ({e}): repair it or take it out of the folder") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)

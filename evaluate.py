@@ -32,9 +32,10 @@ def reference(images, most=10_000):
     """{"train", "held"}: features and labels of the real images that samples are compared with (at most 10,000 of each)."""
     sets = {}
     for name, s in (("train", images.train), ("held", images.held)):
-        if s is not None:
-            pixels, labels = s.read(torch.randperm(len(s), generator=run.seeded("cpu", 0))[:most])
-            sets[name] = pixel_features(pixels), labels
+        if s is not None and len(s) > 1:                                    # a covariance wants two
+            rows = torch.randperm(len(s), generator=run.seeded("cpu", 0))[:most]
+            features, labels = zip(*[(pixel_features(images), labels) for images, labels in map(s.read, rows.split(256))])
+            sets[name] = torch.cat(features), torch.cat(labels)
     return sets
 
 
@@ -52,6 +53,7 @@ def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, ba
 
 
 def scores(samples, sets, num_classes):
+    """{name: number} for uint8 samples [B,C,H,W], compared with the sets of `reference`; names as at the top of this file."""
     fake, (real, labels) = pixel_features(samples), sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
     row = {"fd": frechet(real, fake), "accuracy": (labels[neighbour] == torch.arange(len(fake)) % num_classes).double().mean().item(),

@@ -14,6 +14,7 @@ depend on the number of processes, and a resume needs only the step. The same co
 Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, d = D/H.
 """
 import math
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -53,6 +54,7 @@ class Config:
     stop_threshold: float = -0.05  # with --stop auto: guidance ends when the mean cosine falls below this
     teacher: str = "small"  # small (trained here, cached), or dinov2_vits14, vitb14, vitl14, vitg14, each also _reg
     teacher_weights: Optional[str] = None  # file with the teacher's weights; fetched when not given
+    teacher_steps: int = 300  # training steps of the small teacher
     cache: str = "out/cache"  # where small teachers are kept
     feature_weight: float = 1.0  # weight of feature alignment; the papers' is 0.5
     attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
@@ -93,8 +95,8 @@ FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_eve
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
-    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", feature_weight=0.5, attention_weight=0.5, projector_dim=2048,
-                    stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995,
+    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000, feature_weight=0.5, attention_weight=0.5,
+                    projector_dim=2048, stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995,
                     log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
 }
 
@@ -114,7 +116,8 @@ TABLE_DEPTH = 12
 
 def feature_alignment(z, target):
     """REPA's loss: minus the mean cosine of projected student tokens z and teacher tokens, both [B,N,D]; in [-1, 1]."""
-    return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
+    z, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, target))
+    return -F.cosine_similarity(z, target, dim=-1).mean()
 
 
 def attention_alignment(q_s, k_s, q_t, k_t):
@@ -157,15 +160,16 @@ def _attention_value(q_s, k_s, q_t, k_t, chunk=128):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v by fused attention, whose kernels want one head width: zeros change no dot product."""
-    d, dv, dtype = q.shape[-1], v.shape[-1], v.dtype
-    pad = lambda x: F.pad(x.to(dtype), (0, max(d, dv) - x.shape[-1]))
+    d, dv, width = q.shape[-1], v.shape[-1], max(q.shape[-1], v.shape[-1])
+    pad = lambda x: x.to(v.dtype) if x.shape[-1] == width else F.pad(x.to(v.dtype), (0, width - x.shape[-1]))
     return F.scaled_dot_product_attention(pad(q), pad(k), pad(v), scale=d ** -0.5)[..., :dv]
 
 
 def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
-    """Total loss of a batch and its terms. x [B,C,h,w], eps like x, t [B], y [B]; targets = teacher's output, or None.
+    """Total loss of a batch, and its terms. x [B,C,h,w], eps like x, t [B], y [B]; targets = teacher's output, or None.
 
-    `exact` asks for the true value of the attention loss, which costs a log-sum-exp: wanted when it is logged.
+    `exact` asks for the true value of the attention term, which costs a log-sum-exp: wanted when it is logged. It changes
+    nothing in the gradient.
     """
     x_t, v = sit.interpolant(x, eps, t, cfg.path)
     if targets is None:
@@ -176,23 +180,24 @@ def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
     terms = {"loss": (v_hat.float() - v).square().mean(), "feature_loss": feature_alignment(z, tokens)}
     total = terms["loss"] + cfg.feature_weight * terms["feature_loss"]
     if pairs:
-        align = attention_alignment if exact else attention_alignment_grad
-        terms["attention_loss"] = sum(align(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
-        total = total + cfg.attention_weight * terms["attention_loss"]
+        surrogate = sum(attention_alignment_grad(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
+        total = total + cfg.attention_weight * surrogate                    # the right gradient; its value means nothing
+        with torch.no_grad():
+            terms["attention_loss"] = sum(attention_alignment(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs) if exact else surrogate
     return total, terms
 
 
 # ---- what the configuration means
 
 def check(cfg, world):
-    """Impossible values, each with its flag and the remedy, before anything is loaded."""
+    """Refuse impossible values, each with its flag and the remedy, before anything is loaded; fill in the model's table."""
     def need(ok, name, remedy):
         if not ok:
             raise ValueError(f"{run.flag(name)} {getattr(cfg, name)} {remedy}")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "projector_dim", "eval_steps"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "teacher_steps", "projector_dim", "eval_steps"):
         need(getattr(cfg, name) >= 1, name, "must be 1 or more")
     for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight", "weight_decay"):
-        need(getattr(cfg, name) >= 0, name, "must be 0 or more")
+        need(0 <= getattr(cfg, name) < 2 ** 63, name, "must be 0 or more, and finite")
     for name in ("lr", "clip"):
         need(0 < getattr(cfg, name) < math.inf, name, "must be a positive number")
     for name in ("ema", "beta2"):
@@ -200,51 +205,53 @@ def check(cfg, world):
     need(cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
     need(0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
     need(cfg.model in sit.SIT_CONFIGS, "model", f"is none of {', '.join(sit.SIT_CONFIGS)}")
-    need(cfg.stop in ("auto", "never") or cfg.stop.isdigit(), "stop", "must be a number of steps, auto or never")
+    need(cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop", "must be a number of steps, auto or never")
     parts = world * cfg.accumulate
     need(cfg.batch_size % parts == 0, "batch_size", f"must be a multiple of {parts} (processes x --accumulate)")
     for name in ("depth", "hidden_size", "num_heads", "feature_depth", "image_size"):
         need(getattr(cfg, name) is None or getattr(cfg, name) >= 1, name, "must be 1 or more")
+    for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
+        setattr(cfg, name, getattr(cfg, name) or sit.SIT_CONFIGS[cfg.model][name])
+    need(cfg.hidden_size % cfg.num_heads == 0 and cfg.hidden_size % 4 == 0, "hidden_size",
+         f"must be a multiple of 4 and of --num-heads {cfg.num_heads}")
+    if cfg.align != "none":
+        layer_map(cfg)
 
 
-def layer_map(cfg, teacher_depth):
-    """(feature depth, pairs [(student block, teacher block), ...]) from the table and the flags that override it."""
+def layer_map(cfg, teacher_depth=None):
+    """(feature depth, pairs [(student block, teacher block), ...]) from the table and the flags that override it.
+
+    Without `teacher_depth` it only checks what can be checked before there is a teacher.
+    """
     haste_depth, repa_depth, pairs = ALIGNMENT[cfg.model.split("/")[0]]
     feature_depth = cfg.feature_depth or (haste_depth if cfg.align == "haste" else repa_depth)
-    pairs = [(s, round((t + 1) * teacher_depth / TABLE_DEPTH) - 1) for s, t in pairs]
+    pairs = [(s, round((t + 1) * (teacher_depth or TABLE_DEPTH) / TABLE_DEPTH) - 1) for s, t in pairs]
     if cfg.pairs:
-        try:
-            pairs = [tuple(int(i) for i in pair.split(":")) for pair in cfg.pairs.split(",")]
-            pairs = [(s, t) for s, t in pairs]
-        except ValueError:
-            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher block)") from None
+        found = re.findall(r"(\d+):(\d+)", cfg.pairs)
+        if ",".join(map(":".join, found)) != cfg.pairs:
+            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher block)")
+        pairs = [(int(s), int(t)) for s, t in found]
     if not 1 <= feature_depth <= cfg.depth:
         raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the depth of the model")
-    bad = [f"{s}:{t}" for s, t in pairs if not (0 <= s < cfg.depth and 0 <= t < teacher_depth)]
+    bad = [f"{s}:{t}" for s, t in pairs if s >= cfg.depth or t >= (teacher_depth or math.inf)]
     if bad:
-        raise ValueError(f"--pairs {','.join(bad)}: student blocks are 0 ... {cfg.depth - 1}, teacher blocks 0 ... {teacher_depth - 1}")
+        raise ValueError(f"--pairs {','.join(bad)}: student blocks are 0 ... {cfg.depth - 1}"
+                         + (f", teacher blocks 0 ... {teacher_depth - 1}" if teacher_depth else ""))
     return feature_depth, pairs if cfg.align == "haste" else []
 
 
 def make_teacher(cfg, images, grid, processes):
     """The frozen teacher, with its position embedding on the student's token grid."""
-    if cfg.teacher == "small":
-        if cfg.teacher_weights:
-            net = teacher_module.load_small(cfg.teacher_weights)
-        else:
-            for turn in (True, False):                                      # the first process trains, the others find it in the cache
-                if processes.main == turn:
-                    net = train_teacher(images, images.size // grid, cfg.cache, processes.device)
-                processes.barrier()
+    def trained(most=50_000):
+        rows = torch.arange(0, len(images.train), -(-len(images.train) // most))            # every row of a small set
+        pixels, labels = images.train.read(rows)
+        return teacher_module.train_small(to_rgb(pixels), labels, grid, steps=cfg.teacher_steps, cache=cfg.cache,
+                                          device=processes.device).cpu()
+    if cfg.teacher != "small":
+        net = processes.first(lambda: teacher_module.load_dinov2(cfg.teacher, cfg.teacher_weights))
     else:
-        net = teacher_module.load_dinov2(cfg.teacher, cfg.teacher_weights)
+        net = teacher_module.load_small(cfg.teacher_weights) if cfg.teacher_weights else processes.share(trained)
     return net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
-
-
-def train_teacher(images, patch_size, cache, device):
-    """The small teacher of a set, from its training images and labels."""
-    pixels, labels = images.train.read(torch.arange(len(images.train)))
-    return teacher_module.train_small(to_rgb(pixels), labels, patch_size=patch_size, cache=cache, device=device)
 
 
 def draw(cfg, step, shape, device):
@@ -270,19 +277,22 @@ def gradient_cosine(model, x, eps, y, targets, pairs, cfg):
     for time_ in STOP_TIMES:
         t = torch.full((len(x),), time_, device=x.device)
         total, terms = losses(model.forward, x, eps, t, y, targets, pairs, cfg)     # forward: not through torch.compile
-        flow, align = (torch.cat([g.flatten() for g in torch.autograd.grad(l, params, retain_graph=True)])
-                       for l in (terms["loss"], total - terms["loss"]))
-        cosines.append(F.cosine_similarity(flow, align, dim=0))
+        flow = torch.autograd.grad(terms["loss"], params, retain_graph=True)
+        align = torch.autograd.grad(total - terms["loss"], params)
+        del total, terms                                                    # one graph at a time
+        cosines.append(F.cosine_similarity(*(torch.cat([g.flatten() for g in grads]) for grads in (flow, align)), dim=0))
     return torch.stack(cosines).mean()
 
 
-def held_cosine(model, images, targets_of, pairs, cfg, processes):
+def held_cosine(model, images, targets_of, pairs, cfg, processes, autocast):
     """gradient_cosine on a batch and noise that stay the same all through the run; the same number on every process."""
     g = run.seeded("cpu", cfg.seed, 1)
     rows = torch.randperm(len(images.train), generator=g)[:64]
     pixels, y = (b.to(processes.device) for b in images.train.read(rows))
-    eps = torch.randn(pixels.shape, generator=g).to(processes.device)
-    return processes.mean(gradient_cosine(model, to_pixels(pixels), eps, y, targets_of(pixels), pairs, cfg)).item()
+    eps, targets = torch.randn(pixels.shape, generator=g).to(processes.device), targets_of(pixels)
+    with autocast:
+        cosine = gradient_cosine(model, to_pixels(pixels), eps, y, targets, pairs, cfg)
+    return processes.mean(cosine).item()
 
 
 # ---- the program
@@ -292,12 +302,10 @@ def prepare(cfg, saved, processes):
 
     Returns images, teacher (None without guidance), pairs, student, arch (SiT's arguments) and tau.
     """
-    if processes.main:
-        images = data_module.open_data(cfg.data, cfg.image_size, cfg.data_root)     # the first process downloads
-    processes.barrier()
-    if not processes.main:
-        images = data_module.open_data(cfg.data, cfg.image_size, cfg.data_root)
+    images = processes.first(lambda: data_module.open_data(cfg.data, cfg.image_size, cfg.data_root))
     patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
+    if len(images.train) < 2:
+        raise ValueError(f"--data {cfg.data} holds fewer than two training images")
     if images.size % patch:
         raise ValueError(f"--image-size {images.size} must be a multiple of {patch}, the patch of --model {cfg.model}")
     if saved:
@@ -318,34 +326,34 @@ def prepare(cfg, saved, processes):
     return images, teacher, pairs, student, arch, tau
 
 
-def train(cfg, processes):
+def train(cfg, processes, stop):
     check(cfg, processes.world)
-    for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
-        setattr(cfg, name, getattr(cfg, name) or sit.SIT_CONFIGS[cfg.model][name])
     modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
     saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
     start, seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
     if start >= cfg.steps:
         return
     images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
-    del saved
     device, out, world = processes.device, Path(cfg.out), processes.world
+    if processes.main and saved is None:
+        (out / "ckpt.pt").unlink(missing_ok=True)                           # of an earlier run: this one has begun
+    del saved
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
     mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
     shape = (cfg.batch_size, images.channels, images.size, images.size)
     grid, null = student.model.grid, student.model.num_classes
-    sets = evaluate.reference(images) if cfg.eval_every else None
+    sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
     log = run.Log(out / "log.jsonl", start, processes)
-    stop, finite = run.StopSignal(processes), run.FiniteGuard(out / "ckpt.pt", processes)
+    finite = run.FiniteGuard(out / "ckpt.pt" if cfg.resume in ("auto", "never") else cfg.resume, processes)
     feed = data_module.batches(images.train, cfg.seed, start, cfg.batch_size, mine, pin=device.type == "cuda")
     processes.print(f"{cfg.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f} M parameters, {grid} x {grid} tokens; "
                     f"align {cfg.align}; {world} process(es) on {device.type}, {'bf16' if bf16 else 'fp32'}")
 
     def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> the teacher's tokens and taps
         with torch.no_grad(), autocast:
-            return teacher(teacher_module.preprocess(to_rgb(pixels), grid, teacher.patch_size), [t for _, t in pairs])
+            return teacher(teacher_module.preprocess(to_rgb(pixels), grid), [t for _, t in pairs])
 
     def save(steps):
         run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": steps, "tau": tau,
@@ -354,19 +362,19 @@ def train(cfg, processes):
     clock, clock_step = time.perf_counter(), start
     for step in range(start, cfg.steps):
         done, cosine = step + 1, None
-        last = done == cfg.steps
+        last, due = done == cfg.steps, lambda every: every > 0 and done % every == 0
 
         # learning rate, and the end of the guidance
         lr = cfg.lr * min(1, done / max(1, cfg.warmup))
         if teacher is not None and cfg.stop == "auto" and step >= cfg.stop_warmup and step % cfg.stop_interval == 0:
-            cosine = held_cosine(student.model, images, targets_of, pairs, cfg, processes)
+            cosine = held_cosine(student.model, images, targets_of, pairs, cfg, processes, autocast)
             tau = step if cosine < cfg.stop_threshold else tau
         if student.model.projectors is not None and step >= tau:
             teacher = None                                                  # never run again, its memory is free
             student.drop_guide()
             processes.print(f"step {step}: the guidance ends")
-
-        logging = last or done % cfg.log_every == 0 or cosine is not None
+        evaluating = cfg.eval_every > 0 and (last or due(cfg.eval_every))
+        logging = last or evaluating or due(cfg.log_every) or cosine is not None
 
         # batch: everything random is drawn for the global batch, and sliced
         try:
@@ -397,9 +405,8 @@ def train(cfg, processes):
 
         # log, sample, save
         stopping = stop.agreed()
-        evaluating = cfg.eval_every > 0 and (last or done % cfg.eval_every == 0)
-        saving = stopping or last or (cfg.save_every > 0 and done % cfg.save_every == 0)
-        if not (logging or evaluating or saving):
+        saving = stopping or last or due(cfg.save_every)
+        if not (logging or saving):
             continue
         finite.require()                                                    # the first read of the device since the last log
         values = processes.mean(torch.stack([*sums.values(), norm])).tolist()
@@ -411,10 +418,10 @@ def train(cfg, processes):
             row["grad_cosine"] = cosine
         if evaluating:
             samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed, processes, autocast)
-            row |= evaluate.scores(samples, sets, null)
             if processes.main:
+                row |= evaluate.scores(samples, sets, null)
                 evaluate.sample_sheet(samples, null, out / "samples.png")
-        if logging or evaluating:
+        if logging:
             log.write(row)
         if saving and processes.main:
             save(done)
@@ -422,7 +429,6 @@ def train(cfg, processes):
             processes.print(f"stopped by a signal after step {done}, saved to {out / 'ckpt.pt'}: the same command goes on from there")
             break
         clock, clock_step = time.perf_counter(), done
-    stop.restore()
     feed.close()
     if processes.main:
         rows = run.read_log(out / "log.jsonl")
@@ -447,7 +453,8 @@ def main(argv=None):
     processes = None
     try:
         processes = run.Processes(cfg.device)
-        train(cfg, processes)
+        with run.StopSignal(processes) as stop:
+            train(cfg, processes, stop)
     except (ValueError, OSError) as e:
         raise SystemExit(f"haste_train.py: {e}") from None
     finally:

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import sys
 import typing
 from datetime import timedelta
@@ -49,16 +50,16 @@ def parse(config, argv=None, prog=None, description=None, presets=None):
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
     parser = Parser(prog, description=description)
     if presets:
-        parser.add_argument("--preset", choices=list(presets), default="digits", help="settings of a published or tested run")
+        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="settings of a published or tested run")
     for f in dataclasses.fields(config):
-        kind, flag = f.type, dict(dest=f.name, default=f.default, help=comments[f.name])
+        kind, options = f.type, dict(dest=f.name, default=f.default, help=comments[f.name])
         if typing.get_origin(kind) is typing.Literal:
-            flag["choices"] = typing.get_args(kind)
+            options["choices"] = typing.get_args(kind)
         elif kind is bool:
-            flag["action"] = argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction
         else:                                                               # Optional[int] has its type as first argument
-            flag["type"] = next(iter(typing.get_args(kind)), kind)
-        parser.add_argument("--" + f.name.replace("_", "-"), **flag)
+            options["type"] = next(iter(typing.get_args(kind)), kind)
+        parser.add_argument(flag(f.name), **options)
     if presets:
         chosen, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
         parser.set_defaults(**presets[chosen.preset])
@@ -82,10 +83,11 @@ class Processes:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {device}: this torch finds no CUDA device; use --device cpu, or install a CUDA build and driver")
-        try:
-            self.device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"--device {device} is no device; use auto, cpu, cuda or cuda:N") from None
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"--device {device} is no device; use auto, cpu, cuda or cuda:N")
+        self.device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
+        if self.device.type == "cuda" and self.device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         self.main = self.rank == 0
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -108,9 +110,29 @@ class Processes:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+    def first(self, make):
+        """make() on the first process, then on the others, which find what it has downloaded or cached."""
+        try:
+            made = make() if self.main else None
+        finally:                                                            # also when it fails: the others then fail alike
+            if self.world > 1:
+                dist.barrier()
+        return made if self.main else make()
+
+    def share(self, make):
+        """What make() returns on the first process, on every process; its ValueError or OSError too."""
+        if self.world == 1:
+            return make()
+        box = [None]
+        if self.main:
+            try:
+                box = [make()]
+            except (ValueError, OSError) as e:
+                box = [e]
+        dist.broadcast_object_list(box)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
 
     def close(self):
         if self.world > 1 and dist.is_initialized():
@@ -137,6 +159,12 @@ class StopSignal:
         self.asked = True
         self.restore()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.restore()
+
     def restore(self):
         for s, handler in self.before.items():
             signal.signal(s, handler)
@@ -146,8 +174,8 @@ class StopSignal:
         if self.world == 1:
             return self.asked
         last = self.pending
-        flag = torch.tensor([int(self.asked)])
-        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        asked = torch.tensor([int(self.asked)])
+        self.pending = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group, async_op=True), asked
         if last is None:
             return False
         last[0].wait()
@@ -252,14 +280,17 @@ def resume_point(cfg, free, modules, processes):
     auto: OUT/ckpt.pt where it exists; never: none; else a path. A finished run, and changed code, are told.
     """
     path = Path(cfg.out) / "ckpt.pt" if cfg.resume == "auto" else Path(cfg.resume)
-    if cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # torchrun --max-restarts: a worker has died
+    if restarted and Path(cfg.out, "ckpt.pt").exists():
+        path = Path(cfg.out, "ckpt.pt")
+    elif cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
         return None
     anew = "start anew with another --out, or with --resume never (which replaces what --out holds)"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, OSError, LookupError, struct.error, ValueError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or no checkpoint): {anew}") from None
     if not isinstance(saved, dict) or not {"model", "ema", "opt", "args", "arch", "steps", "tau", "seconds", "code"} <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of this program: {anew}")
@@ -280,7 +311,7 @@ class FiniteGuard:
     """Remembers, on the device, the first step whose loss or gradient was not finite; the host reads it before it logs or saves."""
 
     def __init__(self, checkpoint, processes):
-        self.checkpoint, self.processes = checkpoint, processes
+        self.checkpoint, self.processes = Path(checkpoint), processes
         self.first = torch.full((), -1, device=processes.device)
 
     def watch(self, step, value):
@@ -291,7 +322,8 @@ class FiniteGuard:
             dist.all_reduce(self.first, dist.ReduceOp.MAX)
         if self.first.item() >= 0:
             last = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint was written before"
-            raise SystemExit(f"loss or gradient was not finite at step {self.first.item()}; {last}. Try a lower --lr, or --precision fp32")
+            raise SystemExit(f"loss or gradient was not finite in step {self.first.item() + 1}; {last}. "
+                             f"Try a lower --lr, or --precision fp32")
 
 
 # ---- log
@@ -299,7 +331,7 @@ class FiniteGuard:
 class Log:
     """log.jsonl, one object a line, by the first process. A resumed run drops the lines that lie beyond its checkpoint."""
 
-    SHOWN_ELSEWHERE = ("step", "lr", "grad_norm", "seconds")
+    NOT_PRINTED = ("step", "lr", "grad_norm", "seconds")
 
     def __init__(self, path, step, processes):
         self.path, self.main = Path(path), processes.main
@@ -312,7 +344,7 @@ class Log:
         if self.main:
             with self.path.open("a") as f:
                 f.write(json.dumps(row) + "\n")
-            print(f"step {row['step']:6d}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.SHOWN_ELSEWHERE), flush=True)
+            print(f"step {row['step']:6d}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.NOT_PRINTED), flush=True)
 
 
 def read_log(path):

@@ -16,6 +16,7 @@ Checkpoints of the original SiT, REPA and HASTE load by themselves (`load_sit`),
 import argparse
 import math
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # name: depth, width, heads of the published sizes. Ti (ours) is the one that a laptop trains on the digits.
-_SIZES = {"SiT-Ti": (6, 128, 4), "SiT-S": (12, 384, 6), "SiT-B": (12, 768, 12), "SiT-L": (24, 1024, 16), "SiT-XL": (28, 1152, 16)}
+PUBLISHED = {"SiT-S": (12, 384, 6), "SiT-B": (12, 768, 12), "SiT-L": (24, 1024, 16), "SiT-XL": (28, 1152, 16)}
 SIT_CONFIGS = {f"{name}/{p}": dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=p)
-               for name, (depth, width, heads) in _SIZES.items() for p in (1, 2, 4, 8)}
+               for name, (depth, width, heads) in {"SiT-Ti": (6, 128, 4), **PUBLISHED}.items() for p in (1, 2, 4, 8)}
 
 
 # ---- small modules
@@ -167,7 +168,8 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.pos_embed = nn.Parameter(pos_embed_2d(hidden_size, self.grid), requires_grad=False)
+        table = pos_embed_2d(hidden_size, self.grid).to(torch.get_default_device())      # also on meta, to count parameters
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels * (2 if learn_sigma else 1))
         self.projectors = None if z_dim is None else nn.ModuleList([nn.Sequential(    # a list of one, for the official names
@@ -187,6 +189,8 @@ class SiT(nn.Module):
             nn.init.zeros_(m.weight)
 
     def forward(self, x, t, y, tap_layers=None):
+        if tap_layers is not None and any(not 0 <= i < len(self.blocks) for i in tap_layers):
+            raise ValueError(f"tap_layers {list(tap_layers)} must lie in 0 ... {len(self.blocks) - 1}")
         if self.flip_time:
             t = 1 - t
         h = self.x_embedder(x) + self.pos_embed                             # [B,N,D]
@@ -236,9 +240,10 @@ def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
     t = torch.rand(len(x), device=x.device) if t is None else t             # [B]  t=0 data, t=1 noise
     eps = torch.randn_like(x) if eps is None else eps
     if label_drop > 0:
-        y = torch.where(torch.rand(len(y), device=y.device) < label_drop, model.num_classes, y)
+        null = getattr(model, "module", model).num_classes                  # DDP hides attributes behind `module`
+        y = torch.where(torch.rand(len(y), device=y.device) < label_drop, null, y)
     x_t, v = interpolant(x, eps, t, path)
-    error = model(x_t, t, y) - v
+    error = model(x_t.to(x.dtype), t, y) - v
     return error.to(torch.promote_types(error.dtype, torch.float32)).square().mean()
 
 
@@ -318,6 +323,10 @@ def indexed_noise(seed, indices, shape):
 
 # ---- checkpoints
 
+# what torch.load raises for files that are cut short, of another format, or hold code
+UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, LookupError, struct.error, ValueError, TypeError, AttributeError)
+
+
 def read_checkpoint(path):
     """Contents of a torch checkpoint; never unpickles code. Raises FileNotFoundError or ValueError with one clear line."""
     if not Path(path).is_file():
@@ -326,25 +335,23 @@ def read_checkpoint(path):
         # REPA's and HASTE's files carry their argparse.Namespace: data, not code, so it is let through by name
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as e:
-        raise ValueError(f"{path} is not a readable checkpoint (cut short, or another format): "
-                         f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+    except UNREADABLE as e:
+        raise ValueError(f"{path} is not a readable checkpoint (cut short, or another format: {type(e).__name__})") from None
 
 
 def _unwrap(content):
-    """Any layout -> state dict with `blocks.i` names, the configuration beside it as a dict, encoder depth if it tells."""
-    content = content if isinstance(content, dict) else {}
-    args = content.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else {**args, **content.get("arch", {})}
-    sd = content.get("ema", content)
+    """Any layout -> state dict with `blocks.i` names, and what the file says of its configuration, as a dict."""
+    as_dict = lambda x: vars(x) if isinstance(x, argparse.Namespace) else x if isinstance(x, dict) else {}
+    content = as_dict(content)
+    sd, told = as_dict(content.get("ema", content)), {**as_dict(content.get("args")), **as_dict(content.get("arch"))}
     if "x_embedder.proj.weight" not in sd:
         raise ValueError("holds no SiT (no tensor named x_embedder.proj.weight)")
-    encoder_depth = None
-    if any(k.startswith("decoder_blocks.") for k in sd):                    # REPA's older names
-        encoder_depth = len({k.split(".")[1] for k in sd if k.startswith("blocks.")})
-        shift = lambda k: ".".join(["blocks", str(int(k.split(".")[1]) + encoder_depth), *k.split(".")[2:]])
-        sd = {shift(k) if k.startswith("decoder_blocks.") else k: v for k, v in sd.items()}
-    return sd, args, encoder_depth or args.get("encoder_depth")
+    if any(k.startswith("decoder_blocks.") for k in sd):                    # REPA's older names: encoder and decoder apart
+        told["encoder_depth"] = len({k.split(".")[1] for k in sd if k.startswith("blocks.")})
+        index = lambda k: int(k.split(".")[1]) + told["encoder_depth"]
+        sd = {".".join(["blocks", str(index(k)), *k.split(".")[2:]]) if k.startswith("decoder_blocks.") else k: v
+              for k, v in sd.items()}
+    return sd, told
 
 
 def load_sit(path, num_heads=None):
@@ -353,22 +360,24 @@ def load_sit(path, num_heads=None):
     Geometry comes from the tensors; the number of heads from `num_heads`, our configuration, or the table by width.
     """
     try:
-        sd, args, encoder_depth = _unwrap(read_checkpoint(path))
+        sd, told = _unwrap(read_checkpoint(path))
         D, C, p, _ = sd["x_embedder.proj.weight"].shape
         depth = len({k.split(".")[1] for k in sd if k.startswith("blocks.")})
-        heads = (num_heads or args.get("num_heads") or SIT_CONFIGS.get(args.get("model"), {}).get("num_heads")
-                 or next((c["num_heads"] for c in SIT_CONFIGS.values() if c["hidden_size"] == D), None))
+        qk_norm = sd.get("blocks.0.attn.q_norm.weight")                     # [d]: its length tells the number of heads
+        heads = num_heads or (D // len(qk_norm) if qk_norm is not None else told.get("num_heads")
+                              or SIT_CONFIGS.get(told.get("model"), {}).get("num_heads")
+                              or {width: heads for _, width, heads in PUBLISHED.values()}.get(D))
         if heads is None:
             raise ValueError(f"has width {D}, which is no published size: pass num_heads (--num-heads)")
         twice = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C   # the original SiT: 2C channels, time reversed
-        projector = "projectors.0.0.weight" in sd
+        z_dim = sd["projectors.0.4.weight"].shape[0] if "projectors.0.0.weight" in sd else None
         model = SiT(math.isqrt(sd["pos_embed"].shape[1]) * p, p, C, D, depth, heads,
-                    sd["y_embedder.embedding_table.weight"].shape[0] - 1, qk_norm="blocks.0.attn.q_norm.weight" in sd,
-                    learn_sigma=twice, flip_time=twice, encoder_depth=encoder_depth or min(8, depth),
-                    z_dim=sd["projectors.0.4.weight"].shape[0] if projector else None,
-                    projector_dim=sd["projectors.0.0.weight"].shape[0] if projector else 2048)
+                    sd["y_embedder.embedding_table.weight"].shape[0] - 1, qk_norm=qk_norm is not None,
+                    learn_sigma=twice, flip_time=twice, encoder_depth=told.get("encoder_depth") or min(8, depth), z_dim=z_dim,
+                    projector_dim=2048 if z_dim is None else sd["projectors.0.0.weight"].shape[0])
         load_strictly(model, sd)
-        model.path = args.get("path") or args.get("path_type") or "linear"  # what it was trained on; ours and REPA's say so
+        path_type = str(told.get("path_type") or told.get("path")).lower()
+        model.path = "cosine" if path_type in ("cosine", "gvp") else "linear"   # ours and REPA's files say it
     except KeyError as e:
         raise ValueError(f"{path}: the SiT in it has no tensor {e}") from None
     except ValueError as e:
@@ -405,15 +414,15 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint cannot tell")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the state is float64")
-    parser.add_argument("--out", default="out/grid.png", help="the picture, a column a class")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the network; bf16 on CUDA")
+    parser.add_argument("--out", default="out/grid.png", help="the picture")
     args = parser.parse_args(argv)
     try:
         if not args.out.lower().endswith(".png"):
             raise ValueError(f"--out {args.out} must end in .png")
-        for name in ("num", "steps", "batch_size"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"{run.flag(name)} {getattr(args, name)} must be 1 or more")
+        for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
+            if getattr(args, name) is not None and getattr(args, name) < least:
+                raise ValueError(f"{run.flag(name)} {getattr(args, name)} must be {least} or more")
         sample_images(args, run.Processes(args.device).device)
     except (ValueError, OSError) as e:
         raise SystemExit(f"sit.py: {e}") from None
@@ -429,6 +438,7 @@ def sample_images(args, device):
         from tqdm import tqdm
     except ImportError:
         tqdm = iter
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     images, shape = [], (model.in_channels, model.input_size, model.input_size)
     for rows in tqdm(torch.arange(args.num).split(args.batch_size)):
         randn, x = indexed_noise(args.seed, rows, shape)
@@ -436,7 +446,7 @@ def sample_images(args, device):
         if args.labels == "random":
             y = torch.tensor([np.random.default_rng([args.seed, int(i), 1]).integers(model.num_classes) for i in rows])
         kwargs = dict(num_steps=args.steps, cfg_scale=args.cfg, cfg_interval=args.interval)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             if args.sampler == "sde":
                 x = sample_sde(model, x.to(device), y.to(device), path=args.path or model.path, randn=randn, **kwargs)
             else:

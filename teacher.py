@@ -10,6 +10,8 @@ import copy
 import hashlib
 import math
 import pickle
+import struct
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -128,6 +130,8 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, images, tap_layers=()):
+        if any(not 0 <= i < self.depth for i in tap_layers):
+            raise ValueError(f"tap_layers {list(tap_layers)} must lie in 0 ... {self.depth - 1}")
         taps = {}
         x = self._embed(images)
         for i, block in enumerate(self.blocks):
@@ -166,17 +170,30 @@ class DINOv2(nn.Module):
         return self
 
 
-def preprocess(images_uint8, grid=None, patch_size=PATCH_SIZE):
-    """uint8 [B,3,H,W] -> float32 [B,3,patch_size*grid,...], normalised like ImageNet, resized bicubically (no antialias).
+@lru_cache
+def _mean_std(device):
+    """ImageNet's mean and deviation on a device, once: a copy at each step would make the host wait for the GPU."""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
 
-    `grid` is the student's token grid, an int or (rows, columns), so that student and teacher have the same tokens; by default
-    H/16 (224 pixels for images of 256), which is REPA's choice.
-    """
-    grid = images_uint8.shape[-1] // 16 if grid is None else grid
+
+def normalise(images_uint8):
+    mean, std = _mean_std(images_uint8.device)
+    return (images_uint8.float() / 255 - mean) / std
+
+
+def resize(x, grid):
+    """[B,3,H,W] -> [B,3,14*rows,14*columns], bicubic without antialias; grid is an int or (rows, columns)."""
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    mean, std = (torch.tensor(v, device=images_uint8.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    x, size = (images_uint8.float() / 255 - mean) / std, (patch_size * rows, patch_size * columns)
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bicubic")
+    return F.interpolate(x, size=(PATCH_SIZE * rows, PATCH_SIZE * columns), mode="bicubic")
+
+
+def preprocess(images_uint8, grid=None):
+    """uint8 [B,3,H,W] -> float32 [B,3,14*grid,14*grid], normalised like ImageNet, then resized.
+
+    `grid` is the student's token grid, an int or (rows, columns), so that student and teacher have the same tokens, and DINOv2
+    can teach small images too; by default H/16 (224 pixels for images of 256), which is REPA's choice.
+    """
+    return resize(normalise(images_uint8), [max(1, side // 16) for side in images_uint8.shape[2:]] if grid is None else grid)
 
 
 # ---- DINOv2's weights
@@ -217,14 +234,14 @@ def _read(path):
         raise FileNotFoundError(f"teacher weights {path} do not exist or are no file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as e:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, LookupError, struct.error, ValueError) as e:
         raise ValueError(f"teacher weights {path} cannot be read (cut short, or another format: {type(e).__name__})") from None
 
 
 # ---- the small teacher
 
 def augment(x, g, degrees=8, stretch=0.1, shift=0.1):
-    """Random small rotation, shear, scale and shift (share of half the image), and noise: x [B,3,H,W] normalised."""
+    """Random small rotation, shear, scale and shift (as a share of half the image), and noise: x [B,3,H,W] normalised."""
     u = torch.rand(7, len(x), generator=g, device=x.device) * 2 - 1
     a = u[0] * math.radians(degrees)
     linear = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1) + stretch * u[3:].T      # [B,4]
@@ -244,18 +261,19 @@ def contrast(z, ids, temperature=0.1):
 
 
 @torch.enable_grad()
-def train_small(images, labels=None, patch_size=2, embed_dim=64, depth=4, num_heads=4, steps=300, batch_size=64, lr=3e-3, seed=0,
+def train_small(images, labels=None, grid=None, embed_dim=64, depth=4, num_heads=4, steps=300, batch_size=64, lr=3e-3, seed=0,
                 cache=None, device="cpu"):
     """A small ViT teacher of DINOv2's interface for a small set: uint8 images [M,3,H,W], labels [M] or None.
 
-    Two augmented views of each image attract one another, with labels all views of a class do. `cache` names a folder in which
-    the result is kept and looked up. Eval mode; deterministic for a seed on one kind of machine.
+    Two augmented views of each image attract one another, with labels all views of a class do. `grid` is the number of patches
+    along a side, by default one for every 2 pixels. `cache` names a folder in which the result is kept and looked up.
+    Eval mode; deterministic for a seed on one kind of machine.
     """
-    grid = images.shape[-1] // patch_size
-    config = dict(img_size=images.shape[-1], patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    grid = grid or max(1, images.shape[-1] // 2)
+    config = dict(img_size=PATCH_SIZE * grid, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
     if cache is not None:
-        key = repr((config, steps, batch_size, lr, seed)).encode() + images.numpy().tobytes()
-        key += b"" if labels is None else labels.numpy().tobytes()
+        key = repr((config, steps, batch_size, lr, seed)).encode() + images.cpu().numpy().tobytes()
+        key += b"" if labels is None else labels.cpu().numpy().tobytes()
         path = Path(cache) / f"teacher-{hashlib.sha256(key).hexdigest()[:12]}.pt"
         if path.exists():
             return load_small(path).to(device)
@@ -268,15 +286,16 @@ def train_small(images, labels=None, patch_size=2, embed_dim=64, depth=4, num_he
                 nn.init.xavier_uniform_(m.weight)
         nn.init.normal_(net.pos_embed, std=0.5)
     net.to(device), head.to(device)
-    images, g = images.to(device), torch.Generator(device).manual_seed(seed)
+    images, labels = images.to(device), None if labels is None else labels.to(device)
+    g = torch.Generator(device).manual_seed(seed)
     opt = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=lr, weight_decay=0.05)
     for step in range(steps):
         for group in opt.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20, 1.5 * (1 - step / steps))
         rows = torch.randperm(len(images), generator=g, device=device)[:batch_size]
-        ids = rows if labels is None else labels.to(device)[rows]
-        x = preprocess(images[rows], grid, patch_size)
-        tokens, _ = net(torch.cat([augment(x, g), augment(x, g)]))
+        ids = rows if labels is None else labels[rows]
+        x = normalise(images[rows])
+        tokens, _ = net(resize(torch.cat([augment(x, g), augment(x, g)]), grid))
         loss = contrast(head(tokens.mean(1)), ids.repeat(2))
         loss.backward()
         opt.step()
@@ -315,7 +334,7 @@ def pca_colours(tokens):
 def look(net, image, grid):
     """Patch tokens [N,D] of a uint8 image [3,H,W] on a (rows, columns) grid, and the last block's attention [N,N], heads averaged."""
     net = copy.deepcopy(net).resize_pos_embed(grid)                         # each image's grid from the original table
-    tokens, [(q, k)] = net(preprocess(image[None], grid, net.patch_size), (net.depth - 1,))
+    tokens, [(q, k)] = net(preprocess(image[None], grid), (net.depth - 1,))
     return tokens[0], (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[0]
 
 
@@ -340,11 +359,9 @@ def panels(image, colours, attention, grid, patches, side=256):
 
 
 def main(argv=None):
-    import numpy as np
-    from PIL import Image
     import run
     parser = run.Parser("teacher.py", description="Draw what a teacher sees in images.")
-    parser.add_argument("images", nargs="*", help="image files; without any, three of the embedded digits")
+    parser.add_argument("images", nargs="*", help="image files; without any, four of the embedded digits")
     parser.add_argument("--teacher", default="dinov2_vitb14", help="small, or dinov2_vits14, vitb14, vitl14, vitg14, each also with _reg")
     parser.add_argument("--teacher-weights", help="file with the teacher's weights; fetched, or trained for small, when not given")
     parser.add_argument("--cache", default="out/cache", help="where small teachers are kept")
@@ -353,19 +370,21 @@ def main(argv=None):
     parser.add_argument("--out", default="out/teacher.png", help="the picture")
     args = parser.parse_args(argv)
     try:
-        draw_pictures(args, np, Image)
+        draw_pictures(args)
     except (ValueError, OSError) as e:
         raise SystemExit(f"teacher.py: {e}") from None
 
 
-def draw_pictures(args, np, Image):
+def draw_pictures(args):
+    import numpy as np
+    from PIL import Image
     if args.grid is not None and args.grid < 1:
         raise ValueError(f"--grid {args.grid} must be 1 or more")
     images = []
     for path in args.images:
         try:
             images.append(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1))
-        except (OSError, SyntaxError) as e:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"{path} is no image that can be read ({type(e).__name__})") from None
     if not images or (args.teacher == "small" and not args.teacher_weights):
         import data
@@ -378,7 +397,7 @@ def draw_pictures(args, np, Image):
     seen = []                                                               # (image, grid, patches, tokens, attention)
     for image in images:
         short = min(image.shape[1:])
-        grid = args.grid or (24 if net.patch_size == PATCH_SIZE else min(24, max(1, short // net.patch_size)))
+        grid = args.grid or min(24, max(1, short // 2))
         grid = tuple(max(1, round(grid * s / short)) for s in image.shape[1:])
         patches = [(grid[0] // 2, grid[1] // 2), (grid[0] // 4, grid[1] // 4), (3 * grid[0] // 4, 3 * grid[1] // 4)]
         if args.patches:

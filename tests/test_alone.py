@@ -25,7 +25,7 @@ assert sit.load_sit("w.pt", num_heads=2)(x, torch.rand(2), y).shape == x.shape
 import torch, teacher
 images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
 net = teacher.train_small(images, torch.arange(40) % 4, steps=2, embed_dim=16, batch_size=16)
-tokens, taps = net(teacher.preprocess(images, 4, 2), tap_layers=(1,))
+tokens, taps = net(teacher.preprocess(images, 4), tap_layers=(1,))
 assert tokens.shape == (40, 16, 16) and taps[0][0].shape == (40, 4, 16, 4)
 net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2).resize_pos_embed(2)
 assert net.features(teacher.preprocess(images[:2], 2))[0].shape == (2, 16)

@@ -43,6 +43,7 @@ def test_preprocessing_is_the_official_one():
     x = teacher.preprocess(images)
     assert x.shape == (1, 3, 224, 224) and distance(x[:, :, :8, :8], g["corner"]) < 1e-5
     assert abs(x.mean() - g["mean"]) < 1e-5 and abs(x.std() - g["std"]) < 1e-5
+    assert teacher.preprocess(torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 3, 56, 112)
     assert teacher.preprocess(torch.zeros(2, 3, 512, 512, dtype=torch.uint8)).shape == (2, 3, 448, 448)
     assert teacher.preprocess(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid=16).shape == (2, 3, 224, 224)  # DINOv2 on CIFAR
 
@@ -116,7 +117,7 @@ def digit_scores(features, raw=False):
 def test_small_teacher_beats_raw_pixels_on_held_out_digits(seed):
     digits = data.open_data("digits")
     net = teacher.train_small(data.to_rgb(digits.train.images), digits.train.labels, seed=seed)
-    features = lambda images: net(teacher.preprocess(images, net.grid, net.patch_size))[0].mean(1)
+    features = lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1)
     raw = digit_scores(lambda images: images[:, 0].flatten(1) / 255)
     knn, probe = digit_scores(features)
     print(f"seed {seed}: k-NN {100 * knn:.1f} % (raw {100 * raw[0]:.1f}), probe {100 * probe:.1f} % (raw {100 * raw[1]:.1f})")
@@ -129,7 +130,7 @@ def test_small_teacher_learns_is_repeatable_and_cached(tmp_path, monkeypatch):
     kwargs = dict(embed_dim=16, num_heads=2, depth=2, steps=80, batch_size=32)
     with torch.no_grad():                                                   # also where the caller has switched gradients off
         net = teacher.train_small(images, labels, cache=tmp_path, **kwargs)
-    features = lambda images: net(teacher.preprocess(images, net.grid, net.patch_size))[0].mean(1)
+    features = lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1)
     assert digit_scores(features)[0] > 0.8                                  # chance is 0.1
     other = teacher.train_small(images, labels, **kwargs)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
