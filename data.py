@@ -1,12 +1,13 @@
 """Training images: the embedded digits, torchvision's small sets, folders of class folders; and the order they come in.
 
-    open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER) -> Data: .train, .held (or None), .size, .channels, .classes
+    open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER) -> Data
 
 A set answers `read(rows) -> images uint8 [b,C,H,W], labels int64 [b]`. Everything about the order is a pure function of
 (seed, step): nothing depends on the number of processes, and a resumed run needs only its step.
 
-digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16, of the test set of "Optical Recognition of
-Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0), as scikit-learn's load_digits.
+digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16, of the test set of "Optical
+Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0), the same as
+scikit-learn's load_digits.
 """
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 
 DIGITS_FILE, DIGITS_MAX, DIGITS_TRAIN = Path(__file__).with_name("digits.npz"), 16, 1500
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
-NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)           # what PIL raises for files that it cannot read
+NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)            # what PIL raises for files it cannot read
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -76,7 +77,8 @@ def open_data(source, image_size=None, root="out/data"):
         return _folders(Path(source), image_size)
     data = _digits() if source == "digits" else _torchvision(source, root)
     if image_size not in (None, data.size):
-        raise ValueError(f"--image-size {image_size} does not fit --data {source}, whose images are {data.size} pixels wide: leave it out")
+        raise ValueError(f"--image-size {image_size} does not fit --data {source}, whose images are {data.size} pixels "
+                         f"wide: leave it out")
     return data
 
 
@@ -85,8 +87,8 @@ def _digits():
         images, labels = f["images"], f["labels"]                           # [1797,8,8] values 0 ... 16
     images = np.round(images * (255 / DIGITS_MAX)).astype(np.uint8)[:, None]
     order = np.random.RandomState(0).permutation(len(images))               # the fixed split; RandomState never changes
-    train, held = order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]
-    return Data(ArraySet(images[train], labels[train]), ArraySet(images[held], labels[held]), 8, 1, [str(i) for i in range(10)])
+    train, held = (ArraySet(images[rows], labels[rows]) for rows in (order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]))
+    return Data(train, held, images.shape[-1], 1, [str(i) for i in range(10)])
 
 
 def _torchvision(name, root):
@@ -113,15 +115,16 @@ def _folders(folder, size):
     held = next((folder / n for n in ("test", "val") if train != folder and (folder / n).is_dir()), None)
     classes = sorted(d.name for d in train.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
-        raise ValueError(f"--data {folder} has no class folders: put the images of each class into a folder of their own")
+        raise ValueError(f"--data {folder} has no class folders: put each class's images into a folder of their own")
     size = size or _common_size(train)
 
     def scan(top):
-        found = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        found = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).rglob("*"))
+                 if f.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise ValueError(f"--data {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {top}")
         files, labels = zip(*found)
-        with ThreadPoolExecutor(8) as pool:                                 # headers only: a bad file stops the run now, not in an hour
+        with ThreadPoolExecutor(8) as pool:                                 # headers: a bad file stops the run now
             list(pool.map(lambda f: open_image(f).close(), files))
         return FolderSet(files, labels, size)
     return Data(scan(train), scan(held) if held else None, size, 3, classes)
@@ -143,15 +146,16 @@ def open_image(path):
     try:
         return Image.open(path)
     except NO_IMAGE as e:
-        raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair it or take it out of the folder") from None
+        raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair or remove it") from None
 
 
 def center_crop(image, size):
-    """ADM's crop to RGB size x size (Dhariwal & Nichol 2021): halve while large, resize the short side, cut the middle."""
+    """ADM's crop to RGB size x size (Dhariwal & Nichol 2021): halve while large, resize the short side, cut out."""
     try:
         image = image.convert("RGB")                                        # decodes; grey, palette, CMYK and alpha too
     except NO_IMAGE as e:
-        raise ValueError(f"{getattr(image, 'filename', 'image')} cannot be decoded ({e}): repair it or take it out of the folder") from None
+        name = getattr(image, "filename", "image")
+        raise ValueError(f"{name} cannot be decoded ({e}): repair or remove it") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)

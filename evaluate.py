@@ -2,7 +2,8 @@
 
     fd, fd_held            Frechet distance on pixels to training and to held-out images
     accuracy               share of samples whose nearest training image has the label they were made for
-    nearest, nearest_held  mean distance to the nearest training image, of samples and of held-out images: far smaller = memorised
+    nearest, nearest_held  mean distance to the nearest training image, of samples and of held-out images:
+                           far smaller for samples means memorised
 
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
@@ -20,7 +21,7 @@ def pixel_features(images):
 
 
 def frechet(a, b):
-    """Frechet distance of Gaussians fitted to a [M,F] and b [K,F], float64; the trace from eigenvalues, never below 0."""
+    """Frechet distance of Gaussians fitted to a [M,F] and b [K,F], float64; trace from eigenvalues, never below 0."""
     (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
     w, v = torch.linalg.eigh(cov_a)
     root = v * w.clamp(min=0).sqrt() @ v.T
@@ -29,12 +30,12 @@ def frechet(a, b):
 
 
 def reference(images, most=10_000):
-    """{"train", "held"}: features and labels of the real images that samples are compared with (at most 10,000 of each)."""
+    """{"train", "held"}: features and labels of the real images that samples are compared with, at most 10,000 each."""
     sets = {}
     for name, s in (("train", images.train), ("held", images.held)):
         if s is not None and len(s) > 1:                                    # a covariance wants two
             rows = torch.randperm(len(s), generator=run.seeded("cpu", 0))[:most]
-            features, labels = zip(*[(pixel_features(images), labels) for images, labels in map(s.read, rows.split(256))])
+            features, labels = zip(*[(pixel_features(x), y) for x, y in map(s.read, rows.split(256))])
             sets[name] = torch.cat(features), torch.cat(labels)
     return sets
 
@@ -53,11 +54,11 @@ def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, ba
 
 
 def scores(samples, sets, num_classes):
-    """{name: number} for uint8 samples [B,C,H,W], compared with the sets of `reference`; names as at the top of this file."""
+    """{name: number} for uint8 samples [B,C,H,W] compared with the sets of `reference`; names as at the top."""
     fake, (real, labels) = pixel_features(samples), sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
-    row = {"fd": frechet(real, fake), "accuracy": (labels[neighbour] == torch.arange(len(fake)) % num_classes).double().mean().item(),
-           "nearest": distance.mean().item()}
+    right = labels[neighbour] == torch.arange(len(fake)) % num_classes
+    row = {"fd": frechet(real, fake), "accuracy": right.double().mean().item(), "nearest": distance.mean().item()}
     if "held" in sets:
         held = sets["held"][0]
         row |= {"fd_held": frechet(held, fake), "nearest_held": torch.cdist(held, real).min(dim=1)[0].mean().item()}
@@ -70,6 +71,17 @@ def sample_sheet(samples, num_classes, path, columns=10):
     width = min(len(r) for r in rows)
     if width:
         save_grid(torch.cat([r[:width] for r in rows]), path, width)
+
+
+def tell(rows, out):
+    """The last lines of a run: what was reached, and what to try next."""
+    scored = next((r for r in reversed(rows) if "fd" in r), None)
+    if scored:
+        print(f"after {scored['step']} steps and {rows[-1]['seconds']:.0f} s of training: Frechet distance "
+              f"{scored['fd']:.3f} on pixels, {100 * scored['accuracy']:.1f} % of the samples look like their class")
+        print(f"pictures: {out}/samples.png, {out}/curves.png")
+    print(f"next: python sit.py --ckpt {out}/ckpt.pt --cfg 1.5   draws more; "
+          f"python haste_train.py --align none --out out/plain   is the same run without guidance")
 
 
 def plot_curves(rows, path, tau):

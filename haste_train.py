@@ -1,15 +1,15 @@
 """Train SiT plainly, with REPA, or with HASTE: guided by a frozen teacher first, set free by early termination.
 
-    python haste_train.py                                          HASTE on 8 x 8 digits, about three minutes on two CPU cores
-    torchrun --nproc_per_node=8 haste_train.py --preset cifar10    one process a GPU
+    python haste_train.py                                         HASTE on digits, about three minutes on two CPU cores
+    torchrun --nproc_per_node=8 haste_train.py --preset cifar10   one process a GPU
 
 Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
 Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
     n <  tau    E|v(x_t, t, y) - v|^2  +  w_f E[-cos(projector(h), y_teacher)]  +  w_a E[CE(A_teacher, A_student)]
     n >= tau    E|v(x_t, t, y) - v|^2            teacher and projector are gone
 
-Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n) and then sliced: results do not
-depend on the number of processes, and a resume needs only the step. The same command resumes.
+Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n) and then sliced: results
+do not depend on the number of processes, and a resume needs only the step. The same command resumes.
 
 Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, d = D/H.
 """
@@ -95,9 +95,10 @@ FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_eve
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
-    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000, feature_weight=0.5, attention_weight=0.5,
-                    projector_dim=2048, stop="20000", steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995,
-                    log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
+    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000, feature_weight=0.5,
+                    attention_weight=0.5, projector_dim=2048, stop="20000", steps=50_000, batch_size=256, lr=3e-4,
+                    warmup=1000, ema=0.9995, log_every=100, save_every=5000, eval_every=5000, eval_samples=2000,
+                    eval_steps=50),
 }
 
 # HASTE's layer map: feature depth, feature depth of REPA alone, and student <- teacher pairs,
@@ -134,13 +135,13 @@ def attention_alignment(q_s, k_s, q_t, k_t):
 
 
 def attention_alignment_grad(q_s, k_s, q_t, k_t):
-    """A scalar with the gradient of `attention_alignment`, at the price of two attention calls. Its value means nothing.
+    """A scalar with the gradient of `attention_alignment`, for two attention calls. Its value means nothing.
 
-    The best idea in this file. With c = d^-1/2, P = softmax(c q k^T) for the student (s) and the teacher (t), query i costs
+    The best idea in this file. With c = d^-1/2, P = softmax(c q k^T) for student (s) and teacher (t), query i costs
         L_i = lse_j(c q_i.k_j) - c q_i . (P_t k_s)_i,
-    and its gradient is that of c q_i . (P_s k_s - P_t k_s)_i where P_s and P_t are held constant: d lse/dq = c P_s k_s, and
-    each k_j gets c (P_s - P_t)_ij q_i. But P k_s is what fused attention computes when the student's keys stand in for the
-    values; so neither attention map is ever written down, and 1,024 tokens cost little more memory than 256.
+    and its gradient is that of c q_i . (P_s k_s - P_t k_s)_i where P_s and P_t are held constant: d lse/dq = c P_s k_s,
+    and each k_j gets c (P_s - P_t)_ij q_i. But P k_s is what fused attention computes when the student's keys stand in
+    for the values; so neither attention map is ever written down, and memory grows with N, not with N^2.
     """
     H = min(q_s.shape[1], q_t.shape[1])
     q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
@@ -168,8 +169,8 @@ def attend(q, k, v):
 def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
     """Total loss of a batch, and its terms. x [B,C,h,w], eps like x, t [B], y [B]; targets = teacher's output, or None.
 
-    `exact` asks for the true value of the attention term, which costs a log-sum-exp: wanted when it is logged. It changes
-    nothing in the gradient.
+    `exact` asks for the true value of the attention term, which costs a log-sum-exp: wanted when it is logged. It
+    changes nothing in the gradient.
     """
     x_t, v = sit.interpolant(x, eps, t, cfg.path)
     if targets is None:
@@ -180,23 +181,26 @@ def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
     terms = {"loss": (v_hat.float() - v).square().mean(), "feature_loss": feature_alignment(z, tokens)}
     total = terms["loss"] + cfg.feature_weight * terms["feature_loss"]
     if pairs:
-        surrogate = sum(attention_alignment_grad(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
-        total = total + cfg.attention_weight * surrogate                    # the right gradient; its value means nothing
+        mean = lambda form: sum(form(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
+        surrogate = mean(attention_alignment_grad)                          # right gradient, meaningless value
+        total = total + cfg.attention_weight * surrogate
         with torch.no_grad():
-            terms["attention_loss"] = sum(attention_alignment(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs) if exact else surrogate
+            terms["attention_loss"] = mean(attention_alignment) if exact else surrogate
     return total, terms
 
 
 # ---- what the configuration means
 
 def check(cfg, world):
-    """Refuse impossible values, each with its flag and the remedy, before anything is loaded; fill in the model's table."""
+    """Refuse impossible values, with flag and remedy, before anything is loaded; fill in the model's own sizes."""
     def need(ok, name, remedy):
         if not ok:
             raise ValueError(f"{run.flag(name)} {getattr(cfg, name)} {remedy}")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "teacher_steps", "projector_dim", "eval_steps"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "teacher_steps", "projector_dim",
+                 "eval_steps"):
         need(getattr(cfg, name) >= 1, name, "must be 1 or more")
-    for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight", "weight_decay"):
+    for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight",
+                 "weight_decay"):
         need(0 <= getattr(cfg, name) < 2 ** 63, name, "must be 0 or more, and finite")
     for name in ("lr", "clip"):
         need(0 < getattr(cfg, name) < math.inf, name, "must be a positive number")
@@ -255,7 +259,7 @@ def make_teacher(cfg, images, grid, processes):
 
 
 def draw(cfg, step, shape, device):
-    """All that is random in a step, for the global batch of this shape: eps [B,C,h,w], t [B], dropped [B], mirrored [B]."""
+    """All that is random in a step, for the global batch [B,C,h,w]: eps like it, t [B], dropped [B], mirrored [B]."""
     g, B = run.seeded(device, cfg.seed, 0, step), shape[0]
     eps = torch.randn(shape, generator=g, device=device)
     u = torch.rand(B, generator=g, device=device)
@@ -280,7 +284,8 @@ def gradient_cosine(model, x, eps, y, targets, pairs, cfg):
         flow = torch.autograd.grad(terms["loss"], params, retain_graph=True)
         align = torch.autograd.grad(total - terms["loss"], params)
         del total, terms                                                    # one graph at a time
-        cosines.append(F.cosine_similarity(*(torch.cat([g.flatten() for g in grads]) for grads in (flow, align)), dim=0))
+        flow, align = (torch.cat([g.flatten() for g in grads]) for grads in (flow, align))
+        cosines.append(F.cosine_similarity(flow, align, dim=0))
     return torch.stack(cosines).mean()
 
 
@@ -312,8 +317,9 @@ def prepare(cfg, saved, processes):
         start, tau, arch = saved["steps"], saved["tau"], saved["arch"]
     else:
         start, tau = 0, 0 if cfg.align == "none" else math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
-        arch = dict(input_size=images.size, patch_size=patch, in_channels=images.channels, hidden_size=cfg.hidden_size, depth=cfg.depth,
-                    num_heads=cfg.num_heads, num_classes=len(images.classes), qk_norm=cfg.qk_norm, projector_dim=cfg.projector_dim)
+        arch = dict(input_size=images.size, patch_size=patch, in_channels=images.channels, depth=cfg.depth,
+                    hidden_size=cfg.hidden_size, num_heads=cfg.num_heads, num_classes=len(images.classes),
+                    qk_norm=cfg.qk_norm, projector_dim=cfg.projector_dim)
     teacher, pairs = None, []
     if start < tau:
         teacher = make_teacher(cfg, images, images.size // patch, processes)
@@ -327,13 +333,15 @@ def prepare(cfg, saved, processes):
 
 
 def train(cfg, processes, stop):
-    check(cfg, processes.world)
-    modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
-    saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
-    start, seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
-    if start >= cfg.steps:
-        return
-    images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
+    with run.one_line("haste_train.py"):
+        check(cfg, processes.world)
+        modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
+        saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
+        start, seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
+        if start >= cfg.steps:
+            return
+        images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
+        sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
     device, out, world = processes.device, Path(cfg.out), processes.world
     if processes.main and saved is None:
         (out / "ckpt.pt").unlink(missing_ok=True)                           # of an earlier run: this one has begun
@@ -344,20 +352,20 @@ def train(cfg, processes, stop):
     mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
     shape = (cfg.batch_size, images.channels, images.size, images.size)
     grid, null = student.model.grid, student.model.num_classes
-    sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
     log = run.Log(out / "log.jsonl", start, processes)
     finite = run.FiniteGuard(out / "ckpt.pt" if cfg.resume in ("auto", "never") else cfg.resume, processes)
     feed = data_module.batches(images.train, cfg.seed, start, cfg.batch_size, mine, pin=device.type == "cuda")
-    processes.print(f"{cfg.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f} M parameters, {grid} x {grid} tokens; "
-                    f"align {cfg.align}; {world} process(es) on {device.type}, {'bf16' if bf16 else 'fp32'}")
+    size = sum(p.numel() for p in student.model.parameters()) / 1e6
+    processes.print(f"{cfg.model}, {size:.1f} M parameters, {grid} x {grid} tokens; align {cfg.align}; "
+                    f"{world} process(es) on {device.type}, {'bf16' if bf16 else 'fp32'}")
 
-    def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> the teacher's tokens and taps
+    def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> tokens and taps
         with torch.no_grad(), autocast:
             return teacher(teacher_module.preprocess(to_rgb(pixels), grid), [t for _, t in pairs])
 
     def save(steps):
-        run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": steps, "tau": tau,
-                                              "seconds": seconds, "code": code})
+        run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": steps,
+                                              "tau": tau, "seconds": seconds, "code": code})
 
     clock, clock_step = time.perf_counter(), start
     for step in range(start, cfg.steps):
@@ -379,11 +387,11 @@ def train(cfg, processes, stop):
         # batch: everything random is drawn for the global batch, and sliced
         try:
             pixels, y = (b.to(device, non_blocking=True) for b in next(feed))
-        except (ValueError, OSError):                                       # an image that cannot be decoded loses no step
+        except (ValueError, OSError) as e:                                  # a bad image ends the run, loses no step
             if world == 1 and step > start:
                 finite.require()
                 save(step)
-            raise
+            raise SystemExit(f"haste_train.py: {e}") from None
         eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, shape, device))
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         x, y = to_pixels(pixels), torch.where(dropped, null, y)
@@ -393,9 +401,10 @@ def train(cfg, processes, stop):
         for i in range(0, share, part):
             rows = slice(i, i + part)
             targets = None if teacher is None else targets_of(pixels[rows])
+            batch = x[rows], eps[rows], t[rows], y[rows], targets
             with student.net.no_sync() if world > 1 and i + part < share else nullcontext():
                 with autocast:
-                    total, terms = losses(student.net, x[rows], eps[rows], t[rows], y[rows], targets, pairs, cfg, exact=logging)
+                    total, terms = losses(student.net, *batch, pairs, cfg, exact=logging)
                 (total / cfg.accumulate).backward()
             sums = {k: sums.get(k, 0) + v.detach() / cfg.accumulate for k, v in terms.items()}
 
@@ -408,7 +417,7 @@ def train(cfg, processes, stop):
         saving = stopping or last or due(cfg.save_every)
         if not (logging or saving):
             continue
-        finite.require()                                                    # the first read of the device since the last log
+        finite.require()                                                    # the host waits for the device here only
         values = processes.mean(torch.stack([*sums.values(), norm])).tolist()
         now = time.perf_counter()
         seconds += now - clock
@@ -417,7 +426,8 @@ def train(cfg, processes, stop):
         if cosine is not None:
             row["grad_cosine"] = cosine
         if evaluating:
-            samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed, processes, autocast)
+            samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed,
+                                            processes, autocast)
             if processes.main:
                 row |= evaluate.scores(samples, sets, null)
                 evaluate.sample_sheet(samples, null, out / "samples.png")
@@ -426,7 +436,7 @@ def train(cfg, processes, stop):
         if saving and processes.main:
             save(done)
         if stopping:
-            processes.print(f"stopped by a signal after step {done}, saved to {out / 'ckpt.pt'}: the same command goes on from there")
+            processes.print(f"stopped by a signal after step {done}, saved {out / 'ckpt.pt'}: the same command goes on")
             break
         clock, clock_step = time.perf_counter(), done
     feed.close()
@@ -434,32 +444,18 @@ def train(cfg, processes, stop):
         rows = run.read_log(out / "log.jsonl")
         if rows:
             evaluate.plot_curves(rows, out / "curves.png", tau if cfg.align != "none" else math.inf)
-            tell(rows, cfg)
-
-
-def tell(rows, cfg):
-    """The last lines of a run: what was reached, and what to try next."""
-    scored = next((r for r in reversed(rows) if "fd" in r), None)
-    if scored:
-        print(f"after {scored['step']} steps and {rows[-1]['seconds']:.0f} s of training: Frechet distance {scored['fd']:.3f} on pixels, "
-              f"{100 * scored['accuracy']:.1f} % of the samples look like the class they were made for")
-        print(f"pictures: {cfg.out}/samples.png, {cfg.out}/curves.png")
-    print(f"next: python sit.py --ckpt {cfg.out}/ckpt.pt --cfg 1.5   draws more; "
-          f"python haste_train.py --align none --out out/plain   is the same run without guidance")
+            evaluate.tell(rows, out)
 
 
 def main(argv=None):
     cfg = run.parse(Config, argv, "haste_train.py", "Train SiT plainly, with REPA, or with HASTE.", PRESETS)
-    processes = None
-    try:
+    with run.one_line("haste_train.py"):
         processes = run.Processes(cfg.device)
+    try:
         with run.StopSignal(processes) as stop:
             train(cfg, processes, stop)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"haste_train.py: {e}") from None
     finally:
-        if processes:
-            processes.close()
+        processes.close()
 
 
 if __name__ == "__main__":

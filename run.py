@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import typing
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,22 +51,33 @@ def parse(config, argv=None, prog=None, description=None, presets=None):
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
     parser = Parser(prog, description=description)
     if presets:
-        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="settings of a published or tested run")
+        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
+                            help="settings of a known run")
     for f in dataclasses.fields(config):
         kind, options = f.type, dict(dest=f.name, default=f.default, help=comments[f.name])
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        else:                                                               # Optional[int] has its type as first argument
+        else:                                                               # Optional[int]: its first argument
             options["type"] = next(iter(typing.get_args(kind)), kind)
         parser.add_argument(flag(f.name), **options)
     if presets:
-        chosen, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+        words = sys.argv[1:] if argv is None else argv
+        chosen, _ = parser.parse_known_args([w for w in words if w not in ("-h", "--help")])
         parser.set_defaults(**presets[chosen.preset])
     values = vars(parser.parse_args(argv))
     values.pop("preset", None)
     return config(**values)
+
+
+@contextmanager
+def one_line(program):
+    """Bad input, which raises ValueError or OSError, ends the program with one line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"{program}: {e}") from None
 
 
 def flag(name):
@@ -78,11 +90,13 @@ class Processes:
     """The processes of a run: rank, world, device. Nothing here does anything when there is only one."""
 
     def __init__(self, device="auto"):
-        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        told = lambda name, default: int(os.environ.get(name, default))     # by torchrun
+        self.rank, self.world, local = told("RANK", 0), told("WORLD_SIZE", 1), told("LOCAL_RANK", 0)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: this torch finds no CUDA device; use --device cpu, or install a CUDA build and driver")
+            raise ValueError(f"--device {device}: this torch finds no CUDA device; use --device cpu, or install a CUDA "
+                             f"build of torch and a driver")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise ValueError(f"--device {device} is no device; use auto, cpu, cuda or cuda:N")
         self.device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
@@ -114,7 +128,7 @@ class Processes:
         """make() on the first process, then on the others, which find what it has downloaded or cached."""
         try:
             made = make() if self.main else None
-        finally:                                                            # also when it fails: the others then fail alike
+        finally:                                                            # when it fails the others will fail alike
             if self.world > 1:
                 dist.barrier()
         return made if self.main else make()
@@ -185,7 +199,7 @@ class StopSignal:
 # ---- what is trained
 
 class Student:
-    """A model, its average (EMA) and its optimizer, on this process's device; `net` is what the loop calls (DDP, if need be).
+    """A model, its average (EMA) and its optimizer; `net` is what the loop calls, with DDP where there are many.
 
     Parameters whose names start with `guide` serve the training only: `drop_guide` takes them away in mid-run.
     """
@@ -195,7 +209,7 @@ class Student:
         self.model = model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if cfg.compile:
-            self.model.compile()                                            # in place: names stay, and the EMA is not compiled
+            self.model.compile()                                            # in place: names stay as they are
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         groups = [[p for n, p in named if n.startswith(guide) == is_guide] for is_guide in (False, True)]
         self.opt = torch.optim.AdamW([dict(params=g) for g in groups if g], lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -211,7 +225,7 @@ class Student:
             self.net = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
     def drop_guide(self):
-        """The guide leaves model, EMA, optimizer and device; the rest keeps its state bit for bit, checkpoints keep the guide."""
+        """The guide leaves model, EMA, optimizer and device. The rest keeps its state; checkpoints keep the guide."""
         self.opt.zero_grad()
         for p in self.opt.param_groups.pop()["params"]:                     # the guide's group is the last one
             self.opt.state.pop(p, None)
@@ -234,8 +248,8 @@ class Student:
         return norm
 
     def state(self):
-        return {"model": {**self.model.state_dict(), **self.kept["model"]}, "ema": {**self.ema.state_dict(), **self.kept["ema"]},
-                "opt": self.opt.state_dict()}
+        return {"model": {**self.model.state_dict(), **self.kept["model"]},
+                "ema": {**self.ema.state_dict(), **self.kept["ema"]}, "opt": self.opt.state_dict()}
 
     def load(self, saved):
         self.model.load_state_dict(saved["model"])
@@ -274,6 +288,9 @@ def code_hash(*modules):
     return hashlib.sha256("".join(inspect.getsource(m) for m in modules).encode()).hexdigest()[:16]
 
 
+CONTENT = {"model", "ema", "opt", "args", "arch", "steps", "tau", "seconds", "code"}       # of a checkpoint
+
+
 def resume_point(cfg, free, modules, processes):
     """The checkpoint that `cfg.resume` asks for, or None. Raises ValueError where the flags are not those of its run.
 
@@ -292,14 +309,15 @@ def resume_point(cfg, free, modules, processes):
         raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a checkpoint") from None
     except (RuntimeError, EOFError, OSError, LookupError, struct.error, ValueError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or no checkpoint): {anew}") from None
-    if not isinstance(saved, dict) or not {"model", "ema", "opt", "args", "arch", "steps", "tau", "seconds", "code"} <= saved.keys():
+    if not isinstance(saved, dict) or not CONTENT <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of this program: {anew}")
     now, was = dataclasses.asdict(cfg), saved["args"]
     changed = ", ".join(f"{flag(k)} {now[k]} (was {was.get(k)})" for k in now if k not in free and now[k] != was.get(k))
     if changed:
         raise ValueError(f"{path} was trained with other flags: {changed}. Give the same ones to go on, or {anew}")
     if saved["steps"] >= cfg.steps:
-        processes.print(f"{path} holds a finished run of {saved['steps']} steps: train on with a larger --steps, or {anew}")
+        processes.print(f"{path} holds a finished run of {saved['steps']} steps: "
+                        f"train on with a larger --steps, or {anew}")
     else:
         processes.print(f"going on from step {saved['steps']} of {path}")
         if saved["code"] != code_hash(*modules):
@@ -308,7 +326,7 @@ def resume_point(cfg, free, modules, processes):
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first step whose loss or gradient was not finite; the host reads it before it logs or saves."""
+    """Remembers on the device the first step that was not finite; the host reads it before it logs or saves."""
 
     def __init__(self, checkpoint, processes):
         self.checkpoint, self.processes = Path(checkpoint), processes
@@ -321,7 +339,9 @@ class FiniteGuard:
         if self.processes.world > 1:
             dist.all_reduce(self.first, dist.ReduceOp.MAX)
         if self.first.item() >= 0:
-            last = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint was written before"
+            last = "no checkpoint was written before"
+            if self.checkpoint.exists():
+                last = f"the last good checkpoint is {self.checkpoint}"
             raise SystemExit(f"loss or gradient was not finite in step {self.first.item() + 1}; {last}. "
                              f"Try a lower --lr, or --precision fp32")
 
@@ -329,7 +349,7 @@ class FiniteGuard:
 # ---- log
 
 class Log:
-    """log.jsonl, one object a line, by the first process. A resumed run drops the lines that lie beyond its checkpoint."""
+    """log.jsonl, one object a line, by the first process. A resumed run drops lines that lie beyond its checkpoint."""
 
     NOT_PRINTED = ("step", "lr", "grad_norm", "seconds")
 
@@ -344,7 +364,8 @@ class Log:
         if self.main:
             with self.path.open("a") as f:
                 f.write(json.dumps(row) + "\n")
-            print(f"step {row['step']:6d}  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.NOT_PRINTED), flush=True)
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.NOT_PRINTED)
+            print(f"step {row['step']:6d}  {shown}", flush=True)
 
 
 def read_log(path):

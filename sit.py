@@ -51,12 +51,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequencies=128):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        layers = nn.Linear(2 * frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, t):
         t = t.to(torch.promote_types(t.dtype, torch.float32))               # 8 bits of mantissa would blur t
-        freqs = torch.exp(-math.log(10000) / self.frequencies * torch.arange(self.frequencies, device=t.device, dtype=t.dtype))
-        args = t[:, None] * freqs                                           # [B,128]
+        i = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
+        args = t[:, None] * torch.exp(-math.log(10000) / self.frequencies * i)              # [B,128]
         return self.mlp(torch.cat([args.cos(), args.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
@@ -145,20 +146,20 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity network v(x, t, y).
 
-    x [B,C,h,w] with h = w = input_size, t [B] in [0, 1], y [B] class ids in [0, num_classes]; num_classes is the null label.
-    `model(x, t, y)` returns v [B,C,h,w]. `model(x, t, y, tap_layers=L)` returns (v, z, taps): z [B,N,z_dim], the projected
-    output of blocks[encoder_depth - 1] (None without projector), and taps [(q, k), ...] of the blocks in L, each [B,H,N,d],
-    after their norms, unscaled. Parameter names are those of the official checkpoints.
+    x [B,C,h,w] with h = w = input_size, t [B] in [0, 1], y [B] class ids; num_classes itself is the null label.
+    `model(x, t, y)` returns v [B,C,h,w]. `model(x, t, y, tap_layers=L)` returns (v, z, taps): z [B,N,z_dim], the
+    projected output of blocks[encoder_depth - 1] (None without projector), and taps [(q, k), ...] of the blocks in L,
+    each [B,H,N,d], after their norms, unscaled. Parameter names are those of the official checkpoints.
     `learn_sigma`, `flip_time`: the original SiT predicts 2C channels and runs from noise at 0 to data at 1.
     """
 
-    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, *, qk_norm=False,
-                 learn_sigma=False, flip_time=False, z_dim=None, projector_dim=2048, encoder_depth=8):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, *,
+                 qk_norm=False, learn_sigma=False, flip_time=False, z_dim=None, projector_dim=2048, encoder_depth=8):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input size {input_size} must be a multiple of the patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"width {hidden_size} must be a multiple of the {num_heads} heads and of 4 (position table)")
+            raise ValueError(f"width {hidden_size} must be a multiple of 4 and of the {num_heads} heads")
         if z_dim is not None and not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder depth {encoder_depth} must lie in 1 ... {depth}, the depth of the model")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -168,25 +169,26 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        table = pos_embed_2d(hidden_size, self.grid).to(torch.get_default_device())      # also on meta, to count parameters
+        table = pos_embed_2d(hidden_size, self.grid).to(torch.get_default_device())         # the meta device, say
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels * (2 if learn_sigma else 1))
-        self.projectors = None if z_dim is None else nn.ModuleList([nn.Sequential(    # a list of one, for the official names
-            nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, z_dim))])
+        self.projectors = None if z_dim is None else nn.ModuleList([        # a list of one, for the official names
+            nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim),
+                          nn.SiLU(), nn.Linear(projector_dim, z_dim))])
         self.initialize()
 
     def initialize(self):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))                # the patch convolution like the matrix it is
+                nn.init.xavier_uniform_(m.weight.flatten(1))                # the patch convolution as a matrix
                 nn.init.zeros_(m.bias)
         for w in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(w, std=0.02)
         # adaLN-Zero: every block starts as the identity, and the network's output as zero
-        for m in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(m.weight)
+        for m in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(m.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y, tap_layers=None):
         if tap_layers is not None and any(not 0 <= i < len(self.blocks) for i in tap_layers):
@@ -235,7 +237,7 @@ def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
     """Flow-matching loss E |model(x_t, t, y) - v|^2  (SiT eq. 5), a scalar in float32 or better.
 
     x [B,C,h,w] clean, y [B]; t [B] and eps like x are drawn (uniform, normal) where None.
-    `label_drop` is the probability of training a sample without its label; it needs `model.num_classes`, the null label.
+    `label_drop` is the probability of training a sample without its label: with `model.num_classes`, the null label.
     """
     t = torch.rand(len(x), device=x.device) if t is None else t             # [B]  t=0 data, t=1 noise
     eps = torch.randn_like(x) if eps is None else eps
@@ -250,7 +252,7 @@ def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
 # ---- sampling: state in float64, network in the latent's own dtype
 
 def _guided(velocity, y, dtype, cfg_scale, null_label):
-    """f(x, t, guide): the velocity in float64, guided as u + w (c - u) when `guide`, else one conditional evaluation."""
+    """f(x, t, guide): velocity in float64; u + w (c - u) when `guide`, else one conditional evaluation."""
     t_dtype = torch.promote_types(dtype, torch.float32)                     # t is never bfloat16
     null = getattr(velocity, "num_classes", None) if null_label is None else null_label
     if cfg_scale != 1 and null is None:
@@ -260,18 +262,18 @@ def _guided(velocity, y, dtype, cfg_scale, null_label):
         ts = torch.full((len(x),), t, device=x.device, dtype=t_dtype)
         if not guide:
             return velocity(x.to(dtype), ts, y).double()
-        both = velocity(x.to(dtype).repeat(2, *[1] * (x.ndim - 1)), ts.repeat(2), torch.cat([y, torch.full_like(y, null)]))
-        c, u = both.double().chunk(2)
+        twice = x.to(dtype).repeat(2, *[1] * (x.ndim - 1))                  # [2B,...]: with label, and without
+        c, u = velocity(twice, ts.repeat(2), torch.cat([y, torch.full_like(y, null)])).double().chunk(2)
         return u + cfg_scale * (c - u)
     return f
 
 
 @torch.no_grad()
 def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0), null_label=None, heun=False):
-    """Integrate dx = v dt (SiT eq. 2) from x [B,...] (noise, t = 1) to t = 0 in uniform steps: Euler (order 1) or Heun (order 2).
+    """Integrate dx = v dt (SiT eq. 2) from x [B,...], noise at t = 1, to t = 0 in uniform steps of Euler or Heun.
 
-    velocity(x, t [B], y [B]) -> v. Guidance acts where cfg_scale != 1 and low <= t <= high. Heun's last step is Euler's,
-    and its second evaluation keeps the guidance decision of the step's start. Returns x's dtype.
+    velocity(x, t [B], y [B]) -> v. Guidance acts where cfg_scale != 1 and low <= t <= high. Heun's last step is
+    Euler's, and its second evaluation keeps the guidance decision of the step's start. Returns x's dtype.
     """
     f, state = _guided(velocity, y, x.dtype, cfg_scale, null_label), x.double()
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
@@ -287,9 +289,9 @@ def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1
 @torch.no_grad()
 def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), null_label=None, path="linear",
                last_step=0.04, randn=torch.randn_like):
-    """Euler-Maruyama on the reverse SDE (SiT eq. 4 with w_t = 2t, the score by eq. 9), from x [B,...] at t = 1 to t = 0.
+    """Euler-Maruyama on the reverse SDE (SiT eq. 4 with w_t = 2t, score by eq. 9), from x [B,...] at t = 1 to t = 0.
 
-        dx = (v - w_t s / 2) dt + sqrt(w_t) dW,     score s = (r v - x) / (sigma^2 - r sigma' sigma),  r = alpha / alpha'
+        dx = (v - w_t s / 2) dt + sqrt(w_t) dW,    s = (r v - x) / (sigma^2 - r sigma' sigma),  r = alpha / alpha'
     num_steps - 1 noisy steps reach t = last_step, one without noise reaches 0: the score blows up there.
     randn(like) draws each step's noise. Otherwise as `sample_ode`.
     """
@@ -310,8 +312,8 @@ def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 
 def indexed_noise(seed, indices, shape):
     """randn-like function and first noise [B,*shape] in which sample i's numbers depend on (seed, i) alone.
 
-    So an image does not depend on the batch, the process or the order in which it is drawn. numpy's generators are seeded
-    here because torch's CPU generator keeps 32 bits of a seed: among 50,000 samples two would share theirs.
+    So an image does not depend on the batch, the process or the order in which it is drawn. numpy's generators,
+    because torch's CPU generator keeps 32 bits of a seed: among 50,000 samples two would be likely to share theirs.
     """
     rngs = [np.random.default_rng([seed, int(i)]) for i in indices]
 
@@ -324,11 +326,12 @@ def indexed_noise(seed, indices, shape):
 # ---- checkpoints
 
 # what torch.load raises for files that are cut short, of another format, or hold code
-UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, LookupError, struct.error, ValueError, TypeError, AttributeError)
+UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, struct.error,
+              pickle.UnpicklingError)
 
 
 def read_checkpoint(path):
-    """Contents of a torch checkpoint; never unpickles code. Raises FileNotFoundError or ValueError with one clear line."""
+    """Contents of a torch checkpoint; never runs code in it. Raises FileNotFoundError or ValueError, one line."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is no file: give the path of a checkpoint")
     try:
@@ -336,7 +339,8 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as e:
-        raise ValueError(f"{path} is not a readable checkpoint (cut short, or another format: {type(e).__name__})") from None
+        raise ValueError(f"{path} is not a readable checkpoint: cut short, or another format "
+                         f"({type(e).__name__})") from None
 
 
 def _unwrap(content):
@@ -346,7 +350,7 @@ def _unwrap(content):
     sd, told = as_dict(content.get("ema", content)), {**as_dict(content.get("args")), **as_dict(content.get("arch"))}
     if "x_embedder.proj.weight" not in sd:
         raise ValueError("holds no SiT (no tensor named x_embedder.proj.weight)")
-    if any(k.startswith("decoder_blocks.") for k in sd):                    # REPA's older names: encoder and decoder apart
+    if any(k.startswith("decoder_blocks.") for k in sd):                    # REPA's older names
         told["encoder_depth"] = len({k.split(".")[1] for k in sd if k.startswith("blocks.")})
         index = lambda k: int(k.split(".")[1]) + told["encoder_depth"]
         sd = {".".join(["blocks", str(index(k)), *k.split(".")[2:]]) if k.startswith("decoder_blocks.") else k: v
@@ -369,12 +373,12 @@ def load_sit(path, num_heads=None):
                               or {width: heads for _, width, heads in PUBLISHED.values()}.get(D))
         if heads is None:
             raise ValueError(f"has width {D}, which is no published size: pass num_heads (--num-heads)")
-        twice = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C   # the original SiT: 2C channels, time reversed
+        twice = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C   # the original SiT, time reversed
         z_dim = sd["projectors.0.4.weight"].shape[0] if "projectors.0.0.weight" in sd else None
         model = SiT(math.isqrt(sd["pos_embed"].shape[1]) * p, p, C, D, depth, heads,
                     sd["y_embedder.embedding_table.weight"].shape[0] - 1, qk_norm=qk_norm is not None,
-                    learn_sigma=twice, flip_time=twice, encoder_depth=told.get("encoder_depth") or min(8, depth), z_dim=z_dim,
-                    projector_dim=2048 if z_dim is None else sd["projectors.0.0.weight"].shape[0])
+                    learn_sigma=twice, flip_time=twice, encoder_depth=told.get("encoder_depth") or min(8, depth),
+                    z_dim=z_dim, projector_dim=z_dim and sd["projectors.0.0.weight"].shape[0])
         load_strictly(model, sd)
         path_type = str(told.get("path_type") or told.get("path")).lower()
         model.path = "cosine" if path_type in ("cosine", "gvp") else "linear"   # ours and REPA's files say it
@@ -388,11 +392,12 @@ def load_sit(path, num_heads=None):
 def load_strictly(model, sd):
     """load_state_dict whose error is one line that lists what does not fit: missing, unexpected, shapes."""
     own = model.state_dict()
-    shapes = [f"{k} {list(sd[k].shape)} instead of {list(own[k].shape)}" for k in own if k in sd and sd[k].shape != own[k].shape]
+    shapes = [f"{k} {list(sd[k].shape)} instead of {list(w.shape)}"
+              for k, w in own.items() if k in sd and sd[k].shape != w.shape]
     wrong = {"missing": own.keys() - sd.keys(), "unexpected": sd.keys() - own.keys(), "of another shape": shapes}
     if any(wrong.values()):
         short = lambda names: ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        raise ValueError("does not fit the model: " + "; ".join(f"{what} {short(names)}" for what, names in wrong.items() if names))
+        raise ValueError("does not fit the model: " + "; ".join(f"{k} {short(v)}" for k, v in wrong.items() if v))
     model.load_state_dict(sd)
 
 
@@ -404,17 +409,17 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of haste_train.py, SiT, REPA or HASTE")
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
-    parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="times with guidance")
-    parser.add_argument("--sampler", choices=("sde", "ode", "heun"), default="sde", help="Euler-Maruyama, Euler or Heun")
+    parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times with guidance: low high")
+    parser.add_argument("--sampler", choices=("sde", "ode", "heun"), default="sde", help="Euler-Maruyama, Euler, Heun")
     parser.add_argument("--steps", type=int, default=250, help="sampling steps")
-    parser.add_argument("--path", choices=("linear", "cosine"), help="path of the training, for the SDE; the checkpoint knows it, or it is linear")
-    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn by index")
+    parser.add_argument("--path", choices=("linear", "cosine"), help="path, where the checkpoint does not know its own")
+    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="in turn, or by index")
     parser.add_argument("--to-uint8", choices=("round", "truncate"), default="round", help="from [-1, 1] to 0 ... 255")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) alone")
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint cannot tell")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the network; bf16 on CUDA")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
     parser.add_argument("--out", default="out/grid.png", help="the picture")
     args = parser.parse_args(argv)
     try:
@@ -432,8 +437,8 @@ def sample_images(args, device):
     import data
     model = load_sit(args.ckpt, args.num_heads).to(device)
     if model.in_channels not in (1, 3):
-        raise ValueError(f"--ckpt {args.ckpt} makes latents of {model.in_channels} channels, and this program draws pixels only: "
-                         f"use load_sit and sample_sde from Python, and decode with the autoencoder")
+        raise ValueError(f"--ckpt {args.ckpt} makes latents of {model.in_channels} channels, and this program draws "
+                         f"pixels only: use load_sit and sample_sde from Python, and decode with the autoencoder")
     try:
         from tqdm import tqdm
     except ImportError:
@@ -452,7 +457,7 @@ def sample_images(args, device):
             else:
                 x = sample_ode(model, x.to(device), y.to(device), heun=args.sampler == "heun", **kwargs)
         images.append(data.to_uint8(x, args.to_uint8).cpu())
-    data.save_grid(torch.cat(images), args.out, columns=min(10, args.num) if args.labels == "random" else min(10, model.num_classes))
+    data.save_grid(torch.cat(images), args.out, columns=10 if args.labels == "random" else min(10, model.num_classes))
     print(f"{args.out}: {args.num} samples, {args.sampler.upper()} with {args.steps} steps, guidance {args.cfg:g}")
 
 

@@ -1,7 +1,7 @@
 """DINOv2 with tapped queries and keys, and a small teacher of the same interface that is trained in seconds.
 
-    python teacher.py photo.jpg                          what DINOv2 sees: patch features as colours, attention of patches
-    python teacher.py photo.jpg --teacher small          the same with the small teacher of the digits; needs no download
+    python teacher.py photo.jpg                     what DINOv2 sees: patch features as colours, attention of patches
+    python teacher.py photo.jpg --teacher small     the same with the small teacher of the digits; needs no download
 
 Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), registers (Darcet et al. 2023, 2309.16588).
 Letters: B batch, N patch tokens, D width, H heads, d = D/H. Images are uint8 RGB [B,3,H,W] until `preprocess`.
@@ -11,7 +11,7 @@ import hashlib
 import math
 import pickle
 import struct
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 PATCH_SIZE = 14                                                             # of every DINOv2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{name}_pretrain.pth"    # base dinov2_vitb14, name with _reg4 or without
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{base}/{name}_pretrain.pth"    # name is base, or base + _reg4
 DINOV2_CONFIGS = {
     "vits14": dict(embed_dim=384, depth=12, num_heads=6),
     "vitb14": dict(embed_dim=768, depth=12, num_heads=12),
@@ -81,8 +81,9 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim, num_heads, ffn):
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads), LayerScale(dim)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps=1e-6), {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim), LayerScale(dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, num_heads), {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim)
+        self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
     def forward(self, x):
         out, q, k = self.attn(self.norm1(x))
@@ -102,23 +103,25 @@ class PatchEmbed(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2's vision transformer, with the official parameter names.
 
-    `teacher(images, tap_layers=())` -> tokens [B,N,D] after the last norm, and [(q, k), ...] of the tapped 0-based blocks,
-    each [B,H,N,d] and unscaled. Both hold patch tokens only: class and register tokens go before any softmax over patches.
-    `features(images)` -> class token [B,D], tokens [B,N,D]. images [B,3,H,W] come from `preprocess`, H and W multiples of
-    patch_size on the grid of `resize_pos_embed`.
+    `teacher(images, tap_layers=())` -> tokens [B,N,D] after the last norm, and [(q, k), ...] of the tapped 0-based
+    blocks, each [B,H,N,d] and unscaled. Both hold patch tokens only: class and register tokens go before any softmax.
+    `features(images)` -> class token [B,D], tokens [B,N,D]. images [B,3,H,W] come from `preprocess`, on the grid that
+    `resize_pos_embed` was last given.
     """
 
-    def __init__(self, img_size=518, patch_size=PATCH_SIZE, embed_dim=768, depth=12, num_heads=12, ffn="mlp", num_register_tokens=0):
+    def __init__(self, img_size=518, patch_size=PATCH_SIZE, embed_dim=768, depth=12, num_heads=12, ffn="mlp",
+                 num_register_tokens=0):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, ffn=ffn,
-                           num_register_tokens=num_register_tokens)
+        self.config = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                           num_heads=num_heads, ffn=ffn, num_register_tokens=num_register_tokens)
         self.patch_size, self.embed_dim, self.depth, self.num_heads = patch_size, embed_dim, depth, num_heads
         self.num_extra = 1 + num_register_tokens                            # tokens in front of the patches
         self.grid = (img_size // patch_size, img_size // patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))           # in every official file; used in pre-training only
+        registers = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        self.register_parameter("register_tokens", registers)
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))           # in every official file, unused here
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, ffn) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -150,10 +153,10 @@ class DINOv2(nn.Module):
     def _embed(self, images):
         grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if grid != self.grid:
-            raise ValueError(f"images of {grid[0]} x {grid[1]} patches meet a position embedding of {self.grid[0]} x {self.grid[1]}: "
-                             f"call resize_pos_embed first")
+            raise ValueError(f"images of {grid[0]} x {grid[1]} patches meet a position embedding of "
+                             f"{self.grid[0]} x {self.grid[1]}: call resize_pos_embed first")
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        if self.register_tokens is None:                                    # registers have no position: they enter after it
+        if self.register_tokens is None:                                    # registers enter after the positions
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
@@ -165,7 +168,7 @@ class DINOv2(nn.Module):
             cls, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
             pos = pos.float().reshape(1, *self.grid, -1).permute(0, 3, 1, 2)                # [1,D,rows,columns]
             pos = F.interpolate(pos, size=grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-            self.pos_embed = nn.Parameter(torch.cat([cls, pos.to(cls)], dim=1), requires_grad=self.pos_embed.requires_grad)
+            self.pos_embed = nn.Parameter(torch.cat([cls, pos.to(cls)], dim=1), self.pos_embed.requires_grad)
             self.grid = grid
         return self
 
@@ -190,18 +193,19 @@ def resize(x, grid):
 def preprocess(images_uint8, grid=None):
     """uint8 [B,3,H,W] -> float32 [B,3,14*grid,14*grid], normalised like ImageNet, then resized.
 
-    `grid` is the student's token grid, an int or (rows, columns), so that student and teacher have the same tokens, and DINOv2
-    can teach small images too; by default H/16 (224 pixels for images of 256), which is REPA's choice.
+    `grid` is the student's token grid, an int or (rows, columns), so that student and teacher have the same tokens,
+    and DINOv2 can teach small images too; by default H/16 (224 pixels for images of 256), which is REPA's choice.
     """
-    return resize(normalise(images_uint8), [max(1, side // 16) for side in images_uint8.shape[2:]] if grid is None else grid)
+    grid = [max(1, side // 16) for side in images_uint8.shape[2:]] if grid is None else grid
+    return resize(normalise(images_uint8), grid)
 
 
 # ---- DINOv2's weights
 
 def load_dinov2(name="dinov2_vitb14", weights=None):
-    """Pretrained DINOv2 (dinov2_vits14, vitb14, vitl14, vitg14; each also with `_reg`), eval mode, from a file or fetched.
+    """Pretrained DINOv2 (dinov2_vits14, vitb14, vitl14, vitg14; each also with `_reg`) from a file, or fetched.
 
-    Raises ValueError for a name or file that does not fit, OSError without a network.
+    Eval mode. Raises ValueError for a name or file that does not fit, OSError without a network.
     """
     base, registers = name.removesuffix("_reg"), 4 if name.endswith("_reg") else 0
     if base.removeprefix("dinov2_") not in DINOV2_CONFIGS or not base.startswith("dinov2_"):
@@ -212,8 +216,8 @@ def load_dinov2(name="dinov2_vitb14", weights=None):
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as e:
-            raise OSError(f"the weights of {name} could not be fetched ({e}): download {url} and name the file with --teacher-weights, "
-                          f"or use --teacher small") from None
+            raise OSError(f"the weights of {name} could not be fetched ({e}): download {url} and name the file with "
+                          f"--teacher-weights, or use --teacher small") from None
     else:
         state = _read(weights)
     with torch.device("meta"):                                              # no time lost on an initialisation
@@ -222,8 +226,8 @@ def load_dinov2(name="dinov2_vitb14", weights=None):
     if not isinstance(state, dict) or own != {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}:
         found = state if isinstance(state, dict) else {}
         wrong = sorted(k for k in own.keys() | found.keys() if own.get(k) != tuple(getattr(found.get(k), "shape", ())))
-        raise ValueError(f"{weights or url} holds no {name}: {len(wrong)} tensors are missing, unexpected or of another shape, "
-                         f"among them {', '.join(wrong[:3])}")
+        raise ValueError(f"{weights or url} holds no {name}: {len(wrong)} tensors are missing, unexpected or of "
+                         f"another shape, among them {', '.join(wrong[:3])}")
     net.load_state_dict(state, assign=True)
     return net.eval()
 
@@ -235,18 +239,20 @@ def _read(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, LookupError, struct.error, ValueError) as e:
-        raise ValueError(f"teacher weights {path} cannot be read (cut short, or another format: {type(e).__name__})") from None
+        raise ValueError(f"teacher weights {path} cannot be read: cut short, or another format "
+                         f"({type(e).__name__})") from None
 
 
 # ---- the small teacher
 
 def augment(x, g, degrees=8, stretch=0.1, shift=0.1):
-    """Random small rotation, shear, scale and shift (as a share of half the image), and noise: x [B,3,H,W] normalised."""
+    """Random small rotation, shear, scale, shift (as a share of half the image) and noise; x [B,3,H,W] normalised."""
     u = torch.rand(7, len(x), generator=g, device=x.device) * 2 - 1
     a = u[0] * math.radians(degrees)
     linear = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], 1) + stretch * u[3:].T      # [B,4]
     matrix = torch.cat([linear.view(-1, 2, 2), shift * u[1:3].T[:, :, None]], dim=2)         # [B,2,3]
-    x = F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+    where = F.affine_grid(matrix, x.shape, align_corners=False)
+    x = F.grid_sample(x, where, padding_mode="border", align_corners=False)
     return x + 0.1 * torch.randn(x.shape, generator=g, device=x.device)
 
 
@@ -261,13 +267,13 @@ def contrast(z, ids, temperature=0.1):
 
 
 @torch.enable_grad()
-def train_small(images, labels=None, grid=None, embed_dim=64, depth=4, num_heads=4, steps=300, batch_size=64, lr=3e-3, seed=0,
-                cache=None, device="cpu"):
+def train_small(images, labels=None, grid=None, embed_dim=64, depth=4, num_heads=4, steps=300, batch_size=64, lr=3e-3,
+                seed=0, cache=None, device="cpu"):
     """A small ViT teacher of DINOv2's interface for a small set: uint8 images [M,3,H,W], labels [M] or None.
 
-    Two augmented views of each image attract one another, with labels all views of a class do. `grid` is the number of patches
-    along a side, by default one for every 2 pixels. `cache` names a folder in which the result is kept and looked up.
-    Eval mode; deterministic for a seed on one kind of machine.
+    Two augmented views of each image attract one another, with labels all views of a class do. `grid` is the number
+    of patches along a side, by default one for every 2 pixels. `cache` names a folder in which the result is kept and
+    looked up. Eval mode; deterministic for a seed on one kind of machine.
     """
     grid = grid or max(1, images.shape[-1] // 2)
     config = dict(img_size=PATCH_SIZE * grid, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
@@ -281,7 +287,7 @@ def train_small(images, labels=None, grid=None, embed_dim=64, depth=4, num_heads
         torch.manual_seed(seed)
         net = DINOv2(**config)
         head = nn.Sequential(nn.Linear(embed_dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128))
-        for m in net.modules():                                             # DINOv2's own 0.02 is far too small for a narrow net
+        for m in net.modules():                                             # DINOv2's 0.02 is too small if narrow
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
         nn.init.normal_(net.pos_embed, std=0.5)
@@ -322,7 +328,7 @@ def load_small(path):
 # ---- the pictures
 
 def pca_colours(tokens):
-    """First three principal components of tokens [M,D], each stretched to [0, 1] between its 2nd and 98th percentile."""
+    """First three principal components of tokens [M,D], each stretched to [0, 1] from its 2nd to 98th percentile."""
     x = tokens.float() - tokens.float().mean(0)
     _, _, v = torch.linalg.svd(x, full_matrices=False)                      # rows of v: directions
     x = F.pad(x @ v[:3].T, (0, max(0, 3 - len(v))))                         # [M,3]
@@ -332,16 +338,16 @@ def pca_colours(tokens):
 
 @torch.no_grad()
 def look(net, image, grid):
-    """Patch tokens [N,D] of a uint8 image [3,H,W] on a (rows, columns) grid, and the last block's attention [N,N], heads averaged."""
+    """Patch tokens [N,D] of a uint8 image [3,H,W] on a (rows, columns) grid; the last block's mean attention [N,N]."""
     net = copy.deepcopy(net).resize_pos_embed(grid)                         # each image's grid from the original table
     tokens, [(q, k)] = net(preprocess(image[None], grid), (net.depth - 1,))
     return tokens[0], (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[0]
 
 
 def panels(image, colours, attention, grid, patches, side=256):
-    """One row of the picture as float [3,side,...]: the image, its patch features as colours, the attention of `patches`.
+    """One row of the picture, float [3,side,...]: the image, its patch features as colours, attention of `patches`.
 
-    image uint8 [3,H,W]; colours [N,3]; attention [N,N]; patches: indices in raster order, outlined in red in their own panel.
+    image uint8 [3,H,W]; colours [N,3]; attention [N,N]; patches: indices in raster order, outlined in red.
     """
     rows, columns = grid
     size = (side, round(side * columns / rows))
@@ -362,11 +368,11 @@ def main(argv=None):
     import run
     parser = run.Parser("teacher.py", description="Draw what a teacher sees in images.")
     parser.add_argument("images", nargs="*", help="image files; without any, four of the embedded digits")
-    parser.add_argument("--teacher", default="dinov2_vitb14", help="small, or dinov2_vits14, vitb14, vitl14, vitg14, each also with _reg")
-    parser.add_argument("--teacher-weights", help="file with the teacher's weights; fetched, or trained for small, when not given")
+    parser.add_argument("--teacher", default="dinov2_vitb14", help="small, or dinov2_vits14, ..b14, ..l14, ..g14[_reg]")
+    parser.add_argument("--teacher-weights", help="file with the weights; else they are fetched, or small is trained")
     parser.add_argument("--cache", default="out/cache", help="where small teachers are kept")
-    parser.add_argument("--grid", type=int, help="patches along an image's short side; 24 when not given, fewer for tiny images")
-    parser.add_argument("--patches", help="patches whose attention is drawn, as 3:4,10:2 (row:column); three of them when not given")
+    parser.add_argument("--grid", type=int, help="patches along the short side; else 24, fewer for tiny images")
+    parser.add_argument("--patches", help="patches whose attention is drawn, as 3:4,10:2 (row:column); else three")
     parser.add_argument("--out", default="out/teacher.png", help="the picture")
     args = parser.parse_args(argv)
     try:
@@ -392,7 +398,8 @@ def draw_pictures(args):
     if args.teacher == "small" and not args.teacher_weights:
         net = train_small(data.to_rgb(digits.train.images), digits.train.labels, cache=args.cache)
     else:
-        net = load_small(args.teacher_weights) if args.teacher == "small" else load_dinov2(args.teacher, args.teacher_weights)
+        load = load_small if args.teacher == "small" else partial(load_dinov2, args.teacher)
+        net = load(args.teacher_weights)
     images = images or list(data.to_rgb(digits.held.images[:4]))
     seen = []                                                               # (image, grid, patches, tokens, attention)
     for image in images:
@@ -407,14 +414,15 @@ def draw_pictures(args):
         if any(not (0 <= r < grid[0] and 0 <= c < grid[1]) for r, c in patches):
             raise ValueError(f"--patches {args.patches}: rows are 0 ... {grid[0] - 1}, columns 0 ... {grid[1] - 1}")
         seen.append((image, grid, [r * grid[1] + c for r, c in patches], *look(net, image, grid)))
-    colours = pca_colours(torch.cat([tokens for *_, tokens, _ in seen]))    # together: one colour means one thing in all images
+    colours = pca_colours(torch.cat([tokens for *_, tokens, _ in seen]))    # together: a colour means one thing
     colours = colours.split([len(tokens) for *_, tokens, _ in seen])
-    rows = [panels(image, c, attention, grid, patches) for (image, grid, patches, _, attention), c in zip(seen, colours)]
+    rows = [panels(image, c, attention, grid, patches)
+            for (image, grid, patches, _, attention), c in zip(seen, colours)]
     width = max(r.shape[2] for r in rows)
     sheet = torch.cat([F.pad(r, (0, width - r.shape[2], 0, 4), value=1.0) for r in rows], dim=1)[:, :-4]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(args.out)
-    print(f"{args.out}: image, patch features as colours, attention of {len(patches)} patches (outlined) in the last block")
+    print(f"{args.out}: image, patch features as colours, the last block's attention of {len(patches)} patches")
 
 
 if __name__ == "__main__":

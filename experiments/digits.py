@@ -1,10 +1,10 @@
 """The README's table and curves: plain, REPA and HASTE on the digits at equal steps, three seeds.
 
-    python experiments/digits.py            twelve runs, two at a time on one thread each: about 35 minutes on two cores
+    python experiments/digits.py        twelve runs, two at a time on one thread each: about 40 minutes on two cores
 
 Every run is `python haste_train.py FLAGS` with the flags printed here; a run that is finished already is only read.
-Levels of quality are plain training's mean Frechet distance half-way, at three quarters and at the end; a run reaches a level
-where its own curve, a straight line between two evaluations, first comes down to it.
+Levels of quality are plain training's mean half-way, at three quarters and at the end, of the Frechet distance and of
+the accuracy; a run reaches a level where its own curve, a straight line between two evaluations, first gets there.
 """
 import argparse
 import json
@@ -28,23 +28,27 @@ METHODS = {  # name in the table: flags
 
 def run(method, seed, out):
     folder = out / f"{method.replace(', ', '_').replace(' ', '_').lower()}_{seed}"
-    flags = [*METHODS[method], "--seed", str(seed), "--steps", str(STEPS), "--eval-every", str(EVERY), "--save-every", "0", "--out", str(folder)]
+    flags = [*METHODS[method], "--seed", str(seed), "--steps", str(STEPS), "--eval-every", str(EVERY),
+             "--save-every", "0", "--out", str(folder)]
     log = folder / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not rows or rows[-1]["step"] < STEPS:
         print("python haste_train.py", *flags, flush=True)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "haste_train.py", *flags], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "haste_train.py", *flags], cwd=ROOT, env=env, check=True,
+                       stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return {k: np.array([r[k] for r in rows if "fd" in r]) for k in ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")}
+    return {k: np.array([r[k] for r in rows if "fd" in r])
+            for k in ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")}
 
 
-def steps_to(curve, level):
+def steps_to(steps, values, level):
     """First step at which the straight line between two evaluations comes down to the level; nan if never."""
-    steps, fd = np.concatenate([[0], curve["step"]]), np.concatenate([[np.inf], curve["fd"]])
-    for i in range(1, len(steps)):
-        if fd[i] <= level:
-            return steps[i] if i == 1 else steps[i - 1] + (steps[i] - steps[i - 1]) * (fd[i - 1] - level) / (fd[i - 1] - fd[i])
+    for i in range(len(steps)):
+        if values[i] <= level:
+            if i == 0:
+                return steps[0]
+            return steps[i - 1] + (steps[i] - steps[i - 1]) * (values[i - 1] - level) / (values[i - 1] - values[i])
     return np.nan
 
 
@@ -61,24 +65,30 @@ def main():
     parser.add_argument("--picture", type=Path, default=Path("out/digits/curves.png"), help="picture of the curves")
     args = parser.parse_args()
     out = args.out.resolve()
-    with ThreadPoolExecutor(1) as first:                                    # the first run trains the teacher that all share
+    with ThreadPoolExecutor(1) as first:                                    # the first run trains the shared teacher
         first.submit(run, "HASTE", 0, out).result()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {m: [pool.submit(run, m, seed, out) for seed in range(args.seeds)] for m in METHODS}
         curves = {m: [j.result() for j in js] for m, js in jobs.items()}
 
-    plain = np.mean([c["fd"] for c in curves["plain"]], axis=0)
     steps = curves["plain"][0]["step"]
-    levels = [plain[np.flatnonzero(steps == s)[0]] for s in (STEPS // 2, 3 * STEPS // 4, STEPS)]
-    print("| method | Fréchet distance | to held-out | accuracy % | nearest | " + " | ".join(f"steps to {x:.3f}" for x in levels) + " |")
-    print("|---|---|---|---|---|---|---|---|")
-    base = [np.mean([steps_to(c, x) for c in curves["plain"]]) for x in levels]
+    print("| method | Fréchet distance | to held-out digits | accuracy % | nearest training digit |")
+    print("|---|---|---|---|---|")
     for method, cs in curves.items():
-        reached = [[steps_to(c, x) for c in cs] for x in levels]
-        shown = [f"{plus_minus(r, 0)} ({np.mean(r) / b:.2f})" for r, b in zip(reached, base)]
-        cells = [plus_minus([c[k][-1] for c in cs], digits, unit) for k, digits, unit in (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))]
-        print(f"| {method} | " + " | ".join([*cells, *shown]) + " |")
-    print(f"held-out digits lie {curves['plain'][0]['nearest_held'][-1]:.3f} from the nearest training digit")
+        columns = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))
+        print(f"| {method} | " + " | ".join(plus_minus([c[k][-1] for c in cs], *how) for k, *how in columns) + " |")
+    print(f"\nheld-out digits lie {curves['plain'][0]['nearest_held'][-1]:.3f} from the nearest training digit\n")
+    levels = {}
+    for key, sign in (("fd", 1), ("accuracy", -1)):
+        plain = np.mean([c[key] for c in curves["plain"]], axis=0)
+        levels[key] = [plain[np.flatnonzero(steps == s)[0]] for s in (STEPS // 2, 3 * STEPS // 4, STEPS)]
+        reached = {m: [[steps_to(steps, sign * c[key], sign * x) for c in cs] for x in levels[key]]
+                   for m, cs in curves.items()}
+        print("| steps to | " + " | ".join(f"{key} {x:.3f}" for x in levels[key]) + " |\n|---|---|---|---|")
+        for method, rs in reached.items():
+            cells = [f"{plus_minus(r, 0)} ({np.mean(r) / np.mean(base):.2f})" for r, base in zip(rs, reached["plain"])]
+            print(f"| {method} | " + " | ".join(cells) + " |")
+        print()
 
     import matplotlib
     matplotlib.use("Agg")
@@ -90,8 +100,9 @@ def main():
             line, = ax.plot(steps, values.mean(0), label=method, linestyle="--" if "never" in method else "-")
             ax.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color())
         ax.set(title=title, xlabel="step", yscale="log" if key == "fd" else "linear")
-    for level in levels:
-        axes[0].axhline(level, color="gray", linewidth=0.6, linestyle=":")
+    for ax, key in zip(axes, ("fd", "accuracy")):
+        for level in levels[key]:
+            ax.axhline(level, color="gray", linewidth=0.6, linestyle=":")
     axes[1].legend()
     fig.tight_layout()
     args.picture.parent.mkdir(parents=True, exist_ok=True)

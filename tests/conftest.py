@@ -43,16 +43,17 @@ def distance(a, b):
 
 
 # A run of a fraction of a second: four blocks 32 wide, 8 images a step.
-TINY = ["--depth", "4", "--hidden-size", "32", "--num-heads", "2", "--projector-dim", "16", "--batch-size", "8", "--steps", "4", "--stop", "3",
-        "--warmup", "2", "--lr", "0.02", "--ema", "0.5", "--log-every", "1", "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu",
-        "--resume", "never"]
+TINY = ["--depth", "4", "--hidden-size", "32", "--num-heads", "2", "--projector-dim", "16", "--batch-size", "8",
+        "--steps", "4", "--stop", "3", "--warmup", "2", "--lr", "0.02", "--ema", "0.5", "--log-every", "1",
+        "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu", "--resume", "never"]
 
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory):
     """File of a small teacher that was trained for two steps: enough to be looked up to."""
     folder, digits = tmp_path_factory.mktemp("teacher"), data.open_data("digits")
-    teacher.train_small(data.to_rgb(digits.train.images), digits.train.labels, embed_dim=16, num_heads=2, steps=2, cache=folder)
+    teacher.train_small(data.to_rgb(digits.train.images), digits.train.labels, embed_dim=16, num_heads=2,
+                        steps=2, cache=folder)
     return next(folder.glob("teacher-*.pt"))
 
 
@@ -61,7 +62,8 @@ def tiny_run(tmp_path, small_teacher):
     """Call haste_train with flags on top of TINY; returns (log rows without times, checkpoint)."""
     def call(*flags, out="run"):
         out = tmp_path / out
-        haste_train.main([*TINY, "--out", str(out), "--cache", str(tmp_path / "cache"), "--teacher-weights", str(small_teacher), *flags])
+        haste_train.main([*TINY, "--out", str(out), "--cache", str(tmp_path / "cache"),
+                          "--teacher-weights", str(small_teacher), *flags])
         return rows_of(out), torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else None
     return call
 
@@ -76,7 +78,8 @@ def same_weights(a, b, keys=("model", "ema", "opt")):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_weights(a[k], b[k]) for k in (a.keys() if not set(keys) <= a.keys() else keys))
+        return a.keys() == b.keys() and all(same_weights(a[k], b[k])
+                                            for k in (a.keys() if not set(keys) <= a.keys() else keys))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same_weights(x, y) for x, y in zip(a, b))
     return a == b

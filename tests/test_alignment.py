@@ -25,8 +25,10 @@ def test_official_losses_and_gradients():
     g = Golden("haste_loss")
     c = g.config
     B, N, L = c["batch"], c["tokens"], len(c["student_layers"])
-    student = [[g.draw(f"{n}s{i}", B, c["student_heads"], N, c["student_head_dim"]).requires_grad_() for n in "qk"] for i in c["student_layers"]]
-    teacher = [[g.draw(f"{n}t{i}", B, c["teacher_heads"], N + 1, c["teacher_head_dim"])[:, :, 1:] for n in "qk"] for i in c["teacher_layers"]]
+    student = [[g.draw(f"{n}s{i}", B, c["student_heads"], N, c["student_head_dim"]).requires_grad_() for n in "qk"]
+               for i in c["student_layers"]]
+    teacher = [[g.draw(f"{n}t{i}", B, c["teacher_heads"], N + 1, c["teacher_head_dim"])[:, :, 1:] for n in "qk"]
+               for i in c["teacher_layers"]]
     loss = sum(attention_alignment(*s, *t) for s, t in zip(student, teacher)) / L
     loss.backward()
     assert abs(loss.item() / g["attn_loss"].item() - 1) < 1e-5
@@ -58,7 +60,8 @@ def test_value_and_gradient_equal_the_plain_form(student, teacher, form):
 def test_float64_proof_of_the_gradient(form):
     """In float64 the gradient is the plain form's to 1e-12: an identity, no approximation."""
     q, k, q_t, k_t = inputs(dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(form(q, k, q_t, k_t), (q, k)), torch.autograd.grad(plain_form(q, k, q_t, k_t), (q, k))):
+    for a, b in zip(torch.autograd.grad(form(q, k, q_t, k_t), (q, k)),
+                    torch.autograd.grad(plain_form(q, k, q_t, k_t), (q, k))):
         assert distance(a, b) < 1e-12
 
 
@@ -96,20 +99,23 @@ def test_losses_are_float32_under_autocast():
     z = torch.randn(2, 20, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert attention_alignment(q, k, q_t, k_t).dtype == feature_alignment(z, z).dtype == torch.float32
-    assert torch.allclose(feature_alignment(z, 3 * z), torch.tensor(-1.0)) and torch.allclose(feature_alignment(z, -z), torch.tensor(1.0))
-    with torch.autocast("cpu", torch.bfloat16):                             # nor may autocast reach into the float32 form
+    assert (torch.allclose(feature_alignment(z, 3 * z), torch.tensor(-1.0))
+            and torch.allclose(feature_alignment(z, -z), torch.tensor(1.0)))
+    with torch.autocast("cpu", torch.bfloat16):                             # nor may autocast reach the float32 form
         found = attention_alignment(*(x.detach() for x in inputs()))
     assert torch.allclose(found, plain_form(*(x.detach() for x in inputs())), rtol=1e-5)
 
 
 def test_layer_table():
-    config = lambda model, align, **kw: haste_train.Config(model=model, align=align, depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
+    config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
+                                                           depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
     assert haste_train.layer_map(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
     assert haste_train.layer_map(config("SiT-L/2", "repa"), 12) == (8, [])
     assert haste_train.layer_map(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
     assert haste_train.layer_map(config("SiT-B/2", "repa"), 12) == (4, [])
     assert haste_train.layer_map(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
-    assert haste_train.layer_map(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12) == (2, [(0, 3), (27, 11)])
+    assert (haste_train.layer_map(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
+            == (2, [(0, 3), (27, 11)]))
     for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
                            (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
         with pytest.raises(ValueError, match=message):
@@ -118,5 +124,6 @@ def test_layer_table():
 
 def test_feature_alignment_is_the_mean_cosine():
     z, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    expected = -torch.stack([F.normalize(a, dim=0) @ F.normalize(b, dim=0) for a, b in zip(z.view(-1, 3), target.view(-1, 3))]).mean()
+    expected = -torch.stack([F.normalize(a, dim=0) @ F.normalize(b, dim=0)
+                             for a, b in zip(z.view(-1, 3), target.view(-1, 3))]).mean()
     assert torch.allclose(feature_alignment(z, target), expected)

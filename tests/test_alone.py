@@ -61,9 +61,10 @@ def test_first_block_runs_the_main_job_and_second_the_tests():
 
 
 def readme_commands():
-    """Every `python ...` line of the bash blocks, without installation, torchrun on eight GPUs, and long experiments."""
+    "Every `python ...` line of the bash blocks, without installation, torchrun on eight GPUs, and long experiments."
     lines = [line.split("&&")[-1].split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python ") and "pytest" not in line and "experiments/" not in line]
+    return [line for line in lines
+            if line.startswith("python ") and "pytest" not in line and "experiments/" not in line]
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""On a CUDA device: `python -m pytest -m gpu`. The same golden files, one short run, and the memory that attention alignment saves."""
+"""On a CUDA device: `python -m pytest -m gpu`. Golden files, short runs, no synchronisation, no attention map."""
 import pytest
 import torch
 from conftest import Golden, distance, rows_of
 from test_sit import haste_golden
 
 import haste_train
+import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,8 +22,10 @@ def test_golden_alignment():
     c = g.config
     loss = 0
     for s, t in zip(c["student_layers"], c["teacher_layers"]):
-        student = [g.draw(f"{n}s{s}", c["batch"], c["student_heads"], c["tokens"], c["student_head_dim"]).cuda() for n in "qk"]
-        teacher = [g.draw(f"{n}t{t}", c["batch"], c["teacher_heads"], c["tokens"] + 1, c["teacher_head_dim"])[:, :, 1:].cuda() for n in "qk"]
+        student = [g.draw(f"{n}s{s}", c["batch"], c["student_heads"], c["tokens"], c["student_head_dim"]).cuda()
+                   for n in "qk"]
+        teacher = [g.draw(f"{n}t{t}", c["batch"], c["teacher_heads"], c["tokens"] + 1,
+                          c["teacher_head_dim"])[:, :, 1:].cuda() for n in "qk"]
         loss = loss + haste_train.attention_alignment(*student, *teacher) / len(c["student_layers"])
     assert abs(loss.item() / g["attn_loss"].item() - 1) < 1e-4
 
@@ -34,7 +37,7 @@ def test_alignment_in_bfloat16_stores_no_map():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = torch.autograd.grad(haste_train.attention_alignment_grad(q, k, q_t, k_t), (q, k))
-    assert torch.cuda.max_memory_allocated() - before < 4 * 16 * 1024 * 1024 * 2            # less than one map in bfloat16
+    assert torch.cuda.max_memory_allocated() - before < 4 * 16 * 1024 * 1024 * 2        # less than one map in bfloat16
     assert all(distance(a, b) < 0.03 for a, b in zip(found, exact))
 
 
@@ -42,4 +45,24 @@ def test_alignment_in_bfloat16_stores_no_map():
 def test_run_is_close_to_the_cpus(tiny_run, tmp_path, flags):
     """Random numbers differ between CPU and CUDA, so only the losses' size is compared."""
     rows, _ = tiny_run("--device", "cuda", "--steps", "10", "--stop", "5", *flags)
-    assert len(rows) == 10 and all(0.5 < r["loss"] < 3 for r in rows) and "feature_loss" not in rows_of(tmp_path / "run")[-1]
+    assert (len(rows) == 10 and all(0.5 < r["loss"] < 3 for r in rows)
+            and "feature_loss" not in rows_of(tmp_path / "run")[-1])
+
+
+def test_steps_that_do_not_log_do_not_synchronise(tiny_run, monkeypatch):
+    step, require = run.Student.step, run.FiniteGuard.require
+
+    def watched_step(self, *args):
+        norm = step(self, *args)
+        torch.cuda.set_sync_debug_mode("error")                             # from the end of the first step on
+        return norm
+
+    def watched_require(self):
+        torch.cuda.set_sync_debug_mode("default")                           # the host may wait when it logs
+        require(self)
+    monkeypatch.setattr(run.Student, "step", watched_step)
+    monkeypatch.setattr(run.FiniteGuard, "require", watched_require)
+    try:
+        tiny_run("--device", "cuda", "--steps", "8", "--stop", "never", "--log-every", "100", "--eval-every", "0")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

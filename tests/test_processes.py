@@ -61,7 +61,9 @@ def wait_for_step(out, step, timeout=120):
     """Until log.jsonl holds this step."""
     until = time.time() + timeout
     while time.time() < until:
-        if (Path(out) / "log.jsonl").exists() and any(r.get("step", 0) >= step for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()[:-1])):
+        if ((Path(out) / "log.jsonl").exists()
+            and any(r.get("step", 0) >= step
+                    for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()[:-1]))):
             return
         time.sleep(0.02)
     raise TimeoutError(Path(f"{out}.txt").read_text()[-3000:])
@@ -87,7 +89,8 @@ def test_resume_on_two_processes_is_bit_for_bit(tmp_path, small_teacher):
         go(2, *flags, "--steps", steps, out=tmp_path / "parts", teacher=small_teacher)
     assert same_weights(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "parts"))
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "parts")
-    text = go(1, *flags, "--steps", "9", out=tmp_path / "parts", teacher=small_teacher)     # on another number of processes
+    # on another number of processes
+    text = go(1, *flags, "--steps", "9", out=tmp_path / "parts", teacher=small_teacher)
     assert "going on from step 8" in text and checkpoint(tmp_path / "parts")["steps"] == 9
 
 
@@ -113,7 +116,8 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, small_teacher, processes, whom
 def test_sigterm_to_torchrun_itself_loses_nothing(tmp_path, small_teacher):
     process = start(2, "--resume", "auto", "--steps", "4000", out=tmp_path / "run", teacher=small_teacher)
     wait_for_step(tmp_path / "run", 5)
-    process.terminate()                                                     # torchrun hands it to its workers, and itself exits with 1
+    # torchrun hands it to its workers, and itself exits with 1
+    process.terminate()
     process.wait(60)
     assert checkpoint(tmp_path / "run")["steps"] >= 5 and "stopped by a signal" in (tmp_path / "run.txt").read_text()
 
@@ -132,7 +136,8 @@ def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path, small_tea
     go(1, *flags, "--steps", goal, out=tmp_path / "run", teacher=small_teacher)
     go(1, *flags, "--save-every", "0", "--steps", goal, out=tmp_path / "straight", teacher=small_teacher)
     assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
-    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight") and not list((tmp_path / "run").glob("*.partial"))
+    assert (rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+            and not list((tmp_path / "run").glob("*.partial")))
 
 
 def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
@@ -146,10 +151,16 @@ def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
     assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
 
 
-def test_errors_of_many_processes_are_one_line(tmp_path):
-    process = start(2, "--batch-size", "9", out=tmp_path / "run")
+@pytest.mark.parametrize("flags,message", [
+    (["--batch-size", "9"], "--batch-size 9 must be a multiple of 2 (processes x --accumulate)"),
+    (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--teacher-weights", "nowhere.pt"], "nowhere.pt do not exist"),
+    (["--teacher", "dino"], "teacher 'dino' is neither small nor"),
+])
+def test_errors_of_many_processes_are_one_line(tmp_path, flags, message):
+    process = start(2, *flags, out=tmp_path / "run")
     text = finish(process, tmp_path / "run", code=1)
-    assert "--batch-size 9 must be a multiple of 2 (processes x --accumulate)" in text and "haste_train.py\", line" not in text
+    assert message in text and "haste_train.py\", line" not in text and text.count("haste_train.py: ") == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -158,8 +169,10 @@ def test_precision_and_compile(tmp_path, small_teacher, processes):
     flags = ["--steps", "10", "--stop", "5"]
     go(processes, *flags, "--precision", "fp32", out=tmp_path / "fp32", teacher=small_teacher)
     reference = rows_of(tmp_path / "fp32")
-    for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"]), ("both", ["--precision", "bf16", "--compile"])):
-        text = go(processes, *flags, *extra, out=tmp_path / name, teacher=small_teacher, env={"TORCH_LOGS": "recompiles"})
+    for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"]),
+                        ("both", ["--precision", "bf16", "--compile"])):
+        text = go(processes, *flags, *extra, out=tmp_path / name, teacher=small_teacher,
+                  env={"TORCH_LOGS": "recompiles"})
         for a, b in zip(reference, rows_of(tmp_path / name)):
             assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])
         assert len(re.findall("Recompiling function", text)) == (processes if "--compile" in extra else 0), text

@@ -13,13 +13,15 @@ import sit
 def golden_sit(name, **kwargs):
     g = Golden(name)
     c = g.config
-    model = sit.SiT(c["input_size"], c["patch_size"], 4, c["hidden_size"], c["depth"], c["num_heads"], c["num_classes"], **kwargs)
+    model = sit.SiT(c["input_size"], c["patch_size"], 4, c["hidden_size"], c["depth"], c["num_heads"],
+                    c["num_classes"], **kwargs)
     return g, g.fill(model, skip=("pos_embed",)), g.draw("x", c["batch"], 4, c["input_size"], c["input_size"])
 
 
 def haste_golden():
     c = Golden("sit_haste").config
-    return golden_sit("sit_haste", z_dim=c["z_dims"][0], projector_dim=c["projector_dim"], encoder_depth=c["encoder_depth"])
+    return golden_sit("sit_haste", z_dim=c["z_dims"][0], projector_dim=c["projector_dim"],
+                      encoder_depth=c["encoder_depth"])
 
 
 # ---- the network
@@ -29,7 +31,8 @@ def test_velocity_projection_and_attention_are_the_official_ones():
     with torch.no_grad():
         v, z, taps = model(x, g["t"], g["y"], tap_layers=range(g.config["encoder_depth"]))
         logits = torch.stack([q @ k.mT * q.shape[-1] ** -0.5 for q, k in taps])
-        assert distance(v, g["velocity"]) < 1e-5 and distance(z, g["z"]) < 1e-5 and distance(logits, g["attn_logits"]) < 1e-5
+        assert (distance(v, g["velocity"]) < 1e-5 and distance(z, g["z"]) < 1e-5
+                and distance(logits, g["attn_logits"]) < 1e-5)
         assert torch.equal(model(x, g["t"], g["y"]), v)                     # taps and projector change nothing
 
 
@@ -50,7 +53,8 @@ def test_every_size_has_the_published_number_of_parameters(name, millions):
             assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("size,patch,channels,classes,batch", [(8, 2, 1, 3, 1), (12, 4, 3, 10, 2), (9, 1, 4, 1, 3), (16, 8, 16, 3, 1)])
+@pytest.mark.parametrize("size,patch,channels,classes,batch",
+                         [(8, 2, 1, 3, 1), (12, 4, 3, 10, 2), (9, 1, 4, 1, 3), (16, 8, 16, 3, 1)])
 def test_odd_geometries(size, patch, channels, classes, batch):
     model = sit.SiT(size, patch, channels, 32, 3, 2, classes, qk_norm=True, z_dim=5, projector_dim=8, encoder_depth=2)
     x, y, N = torch.randn(batch, channels, size, size), torch.full((batch,), classes), (size // patch) ** 2
@@ -68,7 +72,8 @@ def test_taps_come_in_the_order_of_the_list_and_nothing_else_leaves():
     torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight, std=0.1)
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
     returned = []
-    hooks = [b.register_forward_hook(lambda m, a, out, i=i: returned.append((i, out[1]))) for i, b in enumerate(model.blocks)]
+    hooks = [b.register_forward_hook(lambda m, a, out, i=i: returned.append((i, out[1])))
+             for i, b in enumerate(model.blocks)]
     v, z, (two, zero) = model(x, t, y, tap_layers=(2, 0))
     assert z is None and [i for i, qk in returned if qk is not None] == [0, 2]
     assert two[0] is returned[2][1][0] and zero[0] is returned[0][1][0]
@@ -111,8 +116,10 @@ def test_samplers_are_the_official_ones(cfg):
     g = Golden("samplers")
     c = g.config
     assert cfg in (1.0, c["cfg_scale"])
-    x, y, noise = g.draw("latents", c["batch"], 4, 4, 4), torch.arange(c["batch"]), g.draw("noise", c["num_steps"], c["batch"], 4, 4, 4)
-    kwargs = dict(num_steps=c["num_steps"], cfg_scale=cfg, cfg_interval=(c["guidance_low"], c["guidance_high"]), null_label=1000)
+    x, y, noise = (g.draw("latents", c["batch"], 4, 4, 4), torch.arange(c["batch"]),
+                   g.draw("noise", c["num_steps"], c["batch"], 4, 4, 4))
+    kwargs = dict(num_steps=c["num_steps"], cfg_scale=cfg, cfg_interval=(c["guidance_low"], c["guidance_high"]),
+                  null_label=1000)
     name = f"{cfg:.1f}".replace(".", "_")
     assert distance(sit.sample_ode(golden_velocity, x, y, **kwargs), g[f"ode_{name}"]) < 1e-6
     assert distance(sit.sample_ode(golden_velocity, x, y, heun=True, **kwargs), g[f"heun_{name}"]) < 1e-6
@@ -144,7 +151,8 @@ def test_evaluations_are_counted_and_guided_inside_the_interval_only():
 
 # ---- a Gaussian mixture, whose velocity is known in closed form
 
-MEANS, WEIGHTS, SPREAD = torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2]).double(), 0.4
+MEANS, WEIGHTS, SPREAD = (torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64),
+                          torch.tensor([0.5, 0.3, 0.2]).double(), 0.4)
 
 
 def mixture_velocity(path="linear"):
@@ -154,7 +162,7 @@ def mixture_velocity(path="linear"):
         alpha, sigma, d_alpha, d_sigma = sit._path(t.double().view(-1, 1, 1), path)
         var = alpha ** 2 * SPREAD ** 2 + sigma ** 2
         away = x - alpha * MEANS                                            # [B,3,2]
-        share = (WEIGHTS.log() - away.square().sum(-1) / (2 * var[..., 0])).softmax(-1)[..., None]      # equal variances
+        share = (WEIGHTS.log() - away.square().sum(-1) / (2 * var[..., 0])).softmax(-1)[..., None]  # equal variances
         x0, eps = MEANS + alpha * SPREAD ** 2 / var * away, sigma / var * away
         return (share * (d_alpha * x0 + d_sigma * eps)).sum(1).view(-1, 2, 1, 1)
     return velocity
@@ -167,7 +175,8 @@ def mixture_sample(n, g):
 
 @pytest.mark.parametrize("heun,order", [(False, 1), (True, 2)])
 def test_ode_has_its_order(heun, order):
-    x, y = torch.randn(200, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.zeros(200, dtype=torch.long)
+    x, y = (torch.randn(200, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+            torch.zeros(200, dtype=torch.long))
     run = lambda n, heun: sit.sample_ode(mixture_velocity(), x, y, num_steps=n, heun=heun)
     exact = run(3000, True)
     errors = [(run(n, heun) - exact).norm().item() for n in (50, 100, 200)]
@@ -186,7 +195,8 @@ def test_samplers_reach_the_mixture(sampler):
     else:
         out = sit.sample_ode(mixture_velocity(), x, y, num_steps=250, heun=sampler == "heun")
     for direction in torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=torch.float64):
-        at = (out.flatten(1) @ direction).sort().values                     # Kolmogorov-Smirnov against the exact distribution
+        # Kolmogorov-Smirnov against the exact distribution
+        at = (out.flatten(1) @ direction).sort().values
         exact = (WEIGHTS * torch.special.ndtr((at[:, None] - MEANS @ direction) / SPREAD)).sum(1)
         ks = (exact - torch.arange(1, n + 1) / n).abs().max().item()
         assert ks < 0.02, ks                                                # 1 % level of sampling noise alone: 0.0115
@@ -195,18 +205,21 @@ def test_samplers_reach_the_mixture(sampler):
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_known_velocity_minimises_the_flow_loss(path):
     g, n = torch.Generator().manual_seed(0), 200_000
-    x, eps, t = mixture_sample(n, g), torch.randn(n, 2, 1, 1, generator=g, dtype=torch.float64), torch.rand(n, generator=g)
+    x, eps, t = (mixture_sample(n, g), torch.randn(n, 2, 1, 1, generator=g, dtype=torch.float64),
+                 torch.rand(n, generator=g))
     exact, y = mixture_velocity(path), torch.zeros(n, dtype=torch.long)
     loss = lambda f: sit.flow_loss(f, x, y, t.double(), eps, path=path).item()
     best = loss(exact)
-    for change in (lambda x, t: 0.3 * torch.sin(2 * x), lambda x, t: 0.2 * t.view(-1, 1, 1, 1) * x, lambda x, t: torch.full_like(x, -0.25)):
+    for change in (lambda x, t: 0.3 * torch.sin(2 * x), lambda x, t: 0.2 * t.view(-1, 1, 1, 1) * x,
+                   lambda x, t: torch.full_like(x, -0.25)):
         x_t = sit.interpolant(x, eps, t.double(), path)[0]
         excess = loss(lambda x, t, y: exact(x, t, y) + change(x, t)) - best
-        assert abs(excess / change(x_t, t).square().mean().item() - 1) < 0.1    # the error is orthogonal to every change
+        assert abs(excess / change(x_t, t).square().mean().item() - 1) < 0.1    # the error is orthogonal to each change
 
 
 def test_interpolant_and_its_derivative():
-    x, eps, t = torch.randn(3, 2, 2, 2).double(), torch.randn(3, 2, 2, 2).double(), torch.tensor([0.0, 0.4, 1.0]).double()
+    x, eps, t = (torch.randn(3, 2, 2, 2).double(), torch.randn(3, 2, 2, 2).double(),
+                 torch.tensor([0.0, 0.4, 1.0]).double())
     for path in ("linear", "cosine"):
         x_t, v = sit.interpolant(x, eps, t, path)
         assert torch.allclose(x_t[0], x[0]) and torch.allclose(x_t[2], eps[2])      # t = 0 data, t = 1 noise
@@ -247,14 +260,16 @@ def test_every_checkpoint_layout_loads(tmp_path):
     sd, c = model.state_dict(), g.config
     plain = {k: v for k, v in sd.items() if not k.startswith("projectors.")}
     old = {}
-    for k, v in sd.items():                                                 # REPA's older names: encoder and decoder apart
+    for k, v in sd.items():                                                 # REPA's older names: encoder, decoder apart
         i = int(k.split(".")[1]) if k.startswith("blocks.") else 0
-        old[k.replace(f"blocks.{i}.", f"decoder_blocks.{i - c['encoder_depth']}.") if i >= c["encoder_depth"] else k] = v
+        old[k.replace(f"blocks.{i}.", f"decoder_blocks.{i - c['encoder_depth']}.")
+            if i >= c["encoder_depth"] else k] = v
     namespace = argparse.Namespace(model="SiT-XL/2", encoder_depth=c["encoder_depth"])
     layouts = {
         "bare": (sd, 4), "plain": (plain, 4), "old": (old, 4), "old in ema": ({"ema": old, "args": namespace}, 4),
         "repa": ({"model": {}, "ema": sd, "opt": {}, "args": namespace, "steps": 7}, 4),
-        "ours": ({"model": {}, "ema": sd, "args": {"num_heads": 4, "encoder_depth": c["encoder_depth"]}, "steps": 7}, None),
+        "ours": ({"model": {}, "ema": sd, "args": {"num_heads": 4, "encoder_depth": c["encoder_depth"]}, "steps": 7},
+                 None),
     }
     for name, (content, heads) in layouts.items():
         torch.save(content, tmp_path / "x.pt")
@@ -284,7 +299,8 @@ def test_unfit_checkpoints_say_why(tmp_path):
     torch.save(sd, path)
     cases.append((path.read_bytes(), "--num-heads"))                        # 48 is no published width
     torch.save({**sd, "blocks.1.mlp.fc1.bias": torch.zeros(3), "extra": torch.zeros(1)}, path)
-    cases.append((path.read_bytes(), r"unexpected extra; of another shape blocks.1.mlp.fc1.bias \[3\] instead of \[192\]"))
+    cases.append((path.read_bytes(),
+                  r"unexpected extra; of another shape blocks.1.mlp.fc1.bias \[3\] instead of \[192\]"))
     torch.save({k: v for k, v in sd.items() if k != "blocks.0.attn.proj.bias"}, path)
     cases.append((path.read_bytes(), "missing blocks.0.attn.proj.bias"))
     torch.save({k: v for k, v in sd.items() if k != "final_layer.linear.weight"}, path)
@@ -292,7 +308,8 @@ def test_unfit_checkpoints_say_why(tmp_path):
     torch.save({"weights": 1}, path)
     cases.append((path.read_bytes(), "holds no SiT"))
     torch.save(sd, path)
-    cases += [(path.read_bytes()[:-2000], "not a readable checkpoint"), (b"hello", "not a readable checkpoint"), (b"", "not a readable checkpoint")]
+    cases += [(path.read_bytes()[:-2000], "not a readable checkpoint"), (b"hello", "not a readable checkpoint"),
+              (b"", "not a readable checkpoint")]
     for content, message in cases:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as e:

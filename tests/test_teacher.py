@@ -14,7 +14,8 @@ import teacher
 def test_tokens_and_attention_are_the_official_ones(name):
     g = Golden(name)
     c = g.config
-    net = g.fill(teacher.DINOv2(c["img_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["ffn"], c["registers"]))
+    net = g.fill(teacher.DINOv2(c["img_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"],
+                                c["ffn"], c["registers"]))
     image, N = g.draw("image", 2, 3, 14 * c["grid"], 14 * c["grid"]), c["grid"] ** 2
     with pytest.raises(ValueError, match="resize_pos_embed"):
         net(image)
@@ -23,8 +24,10 @@ def test_tokens_and_attention_are_the_official_ones(name):
         tokens, taps = net(image, tap_layers=range(c["depth"]))
         cls, again = net.features(image)
         assert net(image)[1] == [] and torch.equal(net(image, (1, 0))[1][1][0], taps[0][0])
-    assert all(q.shape == (2, c["num_heads"], N, c["embed_dim"] // c["num_heads"]) for q, _ in taps)    # patch tokens only
-    assert distance(tokens, g["patch_tokens"]) < 1e-5 and distance(cls, g["cls_token"]) < 1e-5 and torch.equal(tokens, again)
+    # patch tokens only
+    assert all(q.shape == (2, c["num_heads"], N, c["embed_dim"] // c["num_heads"]) for q, _ in taps)
+    assert (distance(tokens, g["patch_tokens"]) < 1e-5 and distance(cls, g["cls_token"]) < 1e-5
+            and torch.equal(tokens, again))
     assert distance(torch.stack([q @ k.mT * q.shape[-1] ** -0.5 for q, k in taps]), g["attn_logits"]) < 1e-5
 
 
@@ -45,7 +48,8 @@ def test_preprocessing_is_the_official_one():
     assert abs(x.mean() - g["mean"]) < 1e-5 and abs(x.std() - g["std"]) < 1e-5
     assert teacher.preprocess(torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 3, 56, 112)
     assert teacher.preprocess(torch.zeros(2, 3, 512, 512, dtype=torch.uint8)).shape == (2, 3, 448, 448)
-    assert teacher.preprocess(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid=16).shape == (2, 3, 224, 224)  # DINOv2 on CIFAR
+    # DINOv2 on CIFAR
+    assert teacher.preprocess(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid=16).shape == (2, 3, 224, 224)
 
 
 def test_every_published_size(tmp_path):
@@ -56,7 +60,7 @@ def test_every_published_size(tmp_path):
 
 
 def test_weights_from_a_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(teacher.DINOV2_CONFIGS, "vits14", dict(embed_dim=16, depth=2, num_heads=2))     # a file of a few KB
+    monkeypatch.setitem(teacher.DINOV2_CONFIGS, "vits14", dict(embed_dim=16, depth=2, num_heads=2))     # a few KB
     net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2, num_register_tokens=4)
     weights = fill_state_dict(net.state_dict())
     path = tmp_path / "w.pth"
@@ -120,7 +124,8 @@ def test_small_teacher_beats_raw_pixels_on_held_out_digits(seed):
     features = lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1)
     raw = digit_scores(lambda images: images[:, 0].flatten(1) / 255)
     knn, probe = digit_scores(features)
-    print(f"seed {seed}: k-NN {100 * knn:.1f} % (raw {100 * raw[0]:.1f}), probe {100 * probe:.1f} % (raw {100 * raw[1]:.1f})")
+    print(f"seed {seed}: k-NN {100 * knn:.1f} % (raw {100 * raw[0]:.1f}), "
+          f"probe {100 * probe:.1f} % (raw {100 * raw[1]:.1f})")
     assert knn >= max(raw[0], 0.984) and probe >= max(raw[1], 0.972)
 
 
@@ -128,7 +133,7 @@ def test_small_teacher_learns_is_repeatable_and_cached(tmp_path, monkeypatch):
     digits = data.open_data("digits")
     images, labels = data.to_rgb(digits.train.images), digits.train.labels
     kwargs = dict(embed_dim=16, num_heads=2, depth=2, steps=80, batch_size=32)
-    with torch.no_grad():                                                   # also where the caller has switched gradients off
+    with torch.no_grad():                                                   # also where the caller has gradients off
         net = teacher.train_small(images, labels, cache=tmp_path, **kwargs)
     features = lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1)
     assert digit_scores(features)[0] > 0.8                                  # chance is 0.1
@@ -158,8 +163,10 @@ def test_picture_of_any_image(tmp_path, small_teacher):
     assert len(sizes) == 2
     text = tmp_path / "no.jpg"
     text.write_text("no image")
-    for args, message in (([str(text)], "is no image"), ([str(photo), "--patches", "99:0"], "--patches 99:0"), (["--what"], "--what is no flag"),
-                          ([str(photo), "--patches", "x"], "--patches x must look like"), ([str(photo), "--grid", "0"], "--grid 0")):
+    for args, message in (([str(text)], "is no image"), ([str(photo), "--patches", "99:0"], "--patches 99:0"),
+                          (["--what"], "--what is no flag"),
+                          ([str(photo), "--patches", "x"], "--patches x must look like"),
+                          ([str(photo), "--grid", "0"], "--grid 0")):
         with pytest.raises(SystemExit, match=message) as e:
             teacher.main([*args, *flags])
         assert "\n" not in str(e.value)
@@ -168,5 +175,6 @@ def test_picture_of_any_image(tmp_path, small_teacher):
 def test_same_colour_means_same_feature():
     tokens = torch.randn(20, 8)
     colours = teacher.pca_colours(torch.cat([tokens, tokens]))
-    assert torch.equal(colours[:20], colours[20:]) and colours.min() >= 0 and colours.max() <= 1 and colours.shape == (40, 3)
+    assert (torch.equal(colours[:20], colours[20:]) and colours.min() >= 0 and colours.max() <= 1
+            and colours.shape == (40, 3))
     assert torch.isfinite(teacher.pca_colours(torch.ones(4, 8))).all()
