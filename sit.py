@@ -368,9 +368,8 @@ def load_sit(path, num_heads=None):
         D, C, p, _ = sd["x_embedder.proj.weight"].shape
         depth = len({k.split(".")[1] for k in sd if k.startswith("blocks.")})
         qk_norm = sd.get("blocks.0.attn.q_norm.weight")                     # [d]: its length tells the number of heads
-        heads = num_heads or (D // len(qk_norm) if qk_norm is not None else told.get("num_heads")
-                              or SIT_CONFIGS.get(told.get("model"), {}).get("num_heads")
-                              or {width: heads for _, width, heads in PUBLISHED.values()}.get(D))
+        by_width = {width: heads for _, width, heads in PUBLISHED.values()}
+        heads = num_heads or (told.get("num_heads") or by_width.get(D) if qk_norm is None else D // len(qk_norm))
         if heads is None:
             raise ValueError(f"has width {D}, which is no published size: pass num_heads (--num-heads)")
         twice = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C   # the original SiT, time reversed
@@ -422,15 +421,15 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
     parser.add_argument("--out", default="out/grid.png", help="the picture")
     args = parser.parse_args(argv)
-    try:
+    with run.one_line("sit.py"):
         if not args.out.lower().endswith(".png"):
             raise ValueError(f"--out {args.out} must end in .png")
+        if not args.interval[0] <= args.interval[1]:
+            raise ValueError(f"--interval {args.interval[0]} {args.interval[1]} must be low, then high")
         for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
             if getattr(args, name) is not None and getattr(args, name) < least:
                 raise ValueError(f"{run.flag(name)} {getattr(args, name)} must be {least} or more")
         sample_images(args, run.Processes(args.device).device)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"sit.py: {e}") from None
 
 
 def sample_images(args, device):

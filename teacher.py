@@ -375,10 +375,8 @@ def main(argv=None):
     parser.add_argument("--patches", help="patches whose attention is drawn, as 3:4,10:2 (row:column); else three")
     parser.add_argument("--out", default="out/teacher.png", help="the picture")
     args = parser.parse_args(argv)
-    try:
+    with run.one_line("teacher.py"):
         draw_pictures(args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"teacher.py: {e}") from None
 
 
 def draw_pictures(args):

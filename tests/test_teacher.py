@@ -129,6 +129,15 @@ def test_small_teacher_beats_raw_pixels_on_held_out_digits(seed):
     assert knn >= max(raw[0], 0.984) and probe >= max(raw[1], 0.972)
 
 
+@pytest.mark.slow
+def test_small_teacher_without_labels():
+    digits = data.open_data("digits")
+    net = teacher.train_small(data.to_rgb(digits.train.images))
+    knn, probe = digit_scores(lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1))
+    print(f"no labels: k-NN {100 * knn:.1f} %, probe {100 * probe:.1f} %")
+    assert knn > 0.9 and probe > 0.9
+
+
 def test_small_teacher_learns_is_repeatable_and_cached(tmp_path, monkeypatch):
     digits = data.open_data("digits")
     images, labels = data.to_rgb(digits.train.images), digits.train.labels
