@@ -3,8 +3,9 @@
     python experiments/digits.py        twelve runs, two at a time on one thread each: about 40 minutes on two cores
 
 Every run is `python haste_train.py FLAGS` with the flags printed here; a run that is finished already is only read.
-Levels of quality are plain training's mean half-way, at three quarters and at the end, of the Frechet distance and of
-the accuracy; a run reaches a level where its own curve, a straight line between two evaluations, first gets there.
+Levels of quality are those of plain training of the same seed (same start, same order, same noise of the evaluation)
+half-way, at three quarters and at the end; a run reaches a level where its curve, a straight line between two
+evaluations, first gets there.
 """
 import argparse
 import json
@@ -78,15 +79,16 @@ def main():
         columns = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))
         print(f"| {method} | " + " | ".join(plus_minus([c[k][-1] for c in cs], *how) for k, *how in columns) + " |")
     print(f"\nheld-out digits lie {curves['plain'][0]['nearest_held'][-1]:.3f} from the nearest training digit\n")
-    levels = {}
-    for key, sign in (("fd", 1), ("accuracy", -1)):
-        plain = np.mean([c[key] for c in curves["plain"]], axis=0)
-        levels[key] = [plain[np.flatnonzero(steps == s)[0]] for s in (STEPS // 2, 3 * STEPS // 4, STEPS)]
-        reached = {m: [[steps_to(steps, sign * c[key], sign * x) for c in cs] for x in levels[key]]
-                   for m, cs in curves.items()}
-        print("| steps to | " + " | ".join(f"{key} {x:.3f}" for x in levels[key]) + " |\n|---|---|---|---|")
-        for method, rs in reached.items():
-            cells = [f"{plus_minus(r, 0)} ({np.mean(r) / np.mean(base):.2f})" for r, base in zip(rs, reached["plain"])]
+    marks = (STEPS // 2, 3 * STEPS // 4, STEPS)
+    for key, sign, title in (("fd", 1, "Fréchet distance"), ("accuracy", -1, "accuracy")):
+        def reached(cs, mark):
+            """Steps that each seed's run needs to get where plain training of the same seed is at step `mark`."""
+            at = np.flatnonzero(steps == mark)[0]
+            return [steps_to(steps, sign * c[key], sign * p[key][at]) for c, p in zip(cs, curves["plain"])]
+        print(f"| steps to plain's {title} | " + " | ".join(f"at step {m}" for m in marks) + " |\n|---|---|---|---|")
+        for method, cs in curves.items():
+            pairs = [(reached(cs, m), reached(curves["plain"], m)) for m in marks]
+            cells = [f"{plus_minus(own, 0)} ({np.mean(own) / np.mean(base):.2f})" for own, base in pairs]
             print(f"| {method} | " + " | ".join(cells) + " |")
         print()
 
@@ -100,9 +102,6 @@ def main():
             line, = ax.plot(steps, values.mean(0), label=method, linestyle="--" if "never" in method else "-")
             ax.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color())
         ax.set(title=title, xlabel="step", yscale="log" if key == "fd" else "linear")
-    for ax, key in zip(axes, ("fd", "accuracy")):
-        for level in levels[key]:
-            ax.axhline(level, color="gray", linewidth=0.6, linestyle=":")
     axes[1].legend()
     fig.tight_layout()
     args.picture.parent.mkdir(parents=True, exist_ok=True)
