@@ -1,6 +1,6 @@
 """Train SiT plainly, with REPA, or with HASTE: guided by a frozen teacher first, set free by early termination.
 
-    python haste_train.py                                         HASTE on digits, about three minutes on two CPU cores
+    python haste_train.py                                         HASTE on digits, under four minutes on two CPU cores
     torchrun --nproc_per_node=8 haste_train.py --preset cifar10   one process a GPU
 
 Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
