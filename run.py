@@ -86,12 +86,17 @@ def flag(name):
 
 # ---- processes
 
+def restarts():
+    """How often torchrun has restarted this run because a worker died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 class Processes:
     """The processes of a run: rank, world, device. Nothing here does anything when there is only one."""
 
     def __init__(self, device="auto"):
-        told = lambda name, default: int(os.environ.get(name, default))     # by torchrun
-        self.rank, self.world, local = told("RANK", 0), told("WORLD_SIZE", 1), told("LOCAL_RANK", 0)
+        told = os.environ.get                                               # by torchrun
+        self.rank, self.world, local = int(told("RANK", 0)), int(told("WORLD_SIZE", 1)), int(told("LOCAL_RANK", 0))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -107,7 +112,14 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                      # TF32, as the official code does
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            store = None
+            if told("TORCHELASTIC_USE_AGENT_STORE", "") == "True":
+                # torchrun's store outlives a worker that dies: without a name for each attempt, restarted workers
+                # may read the address that the dead one left behind
+                store = dist.TCPStore(told("MASTER_ADDR", ""), int(told("MASTER_PORT", 0)), is_master=False)
+                store = dist.PrefixStore(f"attempt {restarts()}", store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world, timeout=timedelta(minutes=30))
 
     def mean(self, values):
         """Mean of a tensor over the processes (on its device)."""
@@ -297,8 +309,7 @@ def resume_point(cfg, free, modules, processes):
     auto: OUT/ckpt.pt where it exists; never: none; else a path. A finished run, and changed code, are told.
     """
     path = Path(cfg.out) / "ckpt.pt" if cfg.resume == "auto" else Path(cfg.resume)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # torchrun --max-restarts: a worker has died
-    if restarted and Path(cfg.out, "ckpt.pt").exists():
+    if restarts() and Path(cfg.out, "ckpt.pt").exists():                    # whatever --resume says: a worker has died
         path = Path(cfg.out, "ckpt.pt")
     elif cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
         return None
