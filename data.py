@@ -9,6 +9,13 @@ digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0), the same as
 scikit-learn's load_digits.
 """
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +28,7 @@ from PIL import Image
 
 DIGITS_FILE, DIGITS_MAX, DIGITS_TRAIN = Path(__file__).with_name("digits.npz"), 16, 1500
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
+NO_ARCHIVE = (OSError, KeyError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)     # what zip and numpy raise
 NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)            # what PIL raises for files it cannot read
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
@@ -142,11 +150,15 @@ def _common_size(folder):
 
 
 def open_image(path):
-    """PIL image, header read. Raises ValueError naming the file when it is none."""
+    """PIL image, header read. Raises ValueError naming the file when it is none, or deeper than 8 bits a channel."""
     try:
-        return Image.open(path)
+        image = Image.open(path)
     except NO_IMAGE as e:
         raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair or remove it") from None
+    raw = f"{image.mode} {[tile[3] for tile in image.tile]}"                # PIL would clip what is deeper
+    if image.mode in ("I", "F") or re.search(r"\b(I|LA?|RGBA?);16", raw):
+        raise ValueError(f"{path} has more than 8 bits a channel: convert it to 8 bits first")
+    return image
 
 
 def center_crop(image, size):
@@ -162,6 +174,113 @@ def center_crop(image, size):
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+# ---- images to be compared, by fid.py: exactly as they are
+
+class ImageFiles:
+    """A folder's images, any depth: a length, and slices as uint8 [B,3,H,W].
+
+    In the order of their paths; those of several folders, which may be classes, in a fixed random order, so that the
+    Inception Score's splits of consecutive images have all classes.
+    """
+
+    def __init__(self, folder, crop=None):
+        found = [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
+        self.files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        if len({f.parent for f in self.files}) > 1:
+            self.files = [self.files[i] for i in np.random.RandomState(0).permutation(len(self.files))]
+        self.crop, self.pool = crop, ThreadPoolExecutor(8)
+        self.size = read_image(self.files[0], crop).size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, rows):
+        images = list(self.pool.map(lambda f: read_image(f, self.crop), self.files[rows]))
+        for file, image in zip(self.files[rows], images):
+            if image.size != self.size:
+                raise ValueError(f"images of mixed sizes: {file} is {image.width} x {image.height}, {self.files[0]} is "
+                                 f"{self.size[0]} x {self.size[1]}; --crop SIZE cuts all to one size")
+        return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
+
+
+def read_image(path, crop=None):
+    """File -> PIL image in RGB, cropped to a square where asked for; nothing is silently rounded or made opaque."""
+    try:
+        with open_image(path) as image:
+            image.load()
+    except NO_IMAGE as e:
+        raise ValueError(f"{path} cannot be decoded ({e}): repair or remove it") from None
+    if "A" in image.getbands() or "transparency" in image.info:
+        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError(f"{path} is partly transparent: put it on a background first")
+    return center_crop(image, crop) if crop else image.convert("RGB")
+
+
+class ImageArchive:
+    """Images of an .npz (`arr_0`, uint8 [N,H,W,3], as ADM's), read piece by piece: 50,000 would fill the memory."""
+
+    def __init__(self, path):
+        self.path, self.file = path, zipfile.ZipFile(path).open("arr_0.npy")
+        header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(self.file)[0] == 1 \
+            else np.lib.format.read_array_header_2_0
+        self.shape, fortran, dtype = header(self.file)
+        self.right = dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] in (1, 3) and not fortran
+        self.start, self.image_bytes = self.file.tell(), math.prod(self.shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        first, last, _ = rows.indices(len(self))
+        try:
+            self.file.seek(self.start + first * self.image_bytes)
+            pixels = bytearray(self.file.read((last - first) * self.image_bytes))
+            images = np.frombuffer(pixels, np.uint8).reshape(last - first, *self.shape[1:])
+        except (ValueError, *NO_ARCHIVE) as e:
+            raise ValueError(f"{self.path} is damaged at images {first} to {last} ({e}): copy it again") from None
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def open_images(source, crop=None):
+    """Images to be compared, or statistics made from them -> (images or None, {"mu": ..., "sigma": ...} or None).
+
+    `source` is a folder, an .npz (`arr_0`, or statistics, or both), a .pt with a tensor uint8 [N,C,H,W], or a set's
+    name, which stands for its training images. Images have a length and slices, uint8 [B,C,H,W].
+    Raises ValueError or OSError with one line.
+    """
+    path, stats = Path(source), {}
+    if source == "digits" or source in TORCHVISION_SETS:
+        return open_data(source).train.images, None
+    if path.is_dir():
+        return ImageFiles(path, crop), None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a folder of images, an .npz, a .pt with a tensor, or one "
+                                f"of digits, {', '.join(TORCHVISION_SETS)}")
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path) as f:
+                names = f.files
+                stats = {n: f[n] for n in ("mu", "sigma", "mu_s", "sigma_s", "num", "features") if n in names}
+            images = ImageArchive(path) if "arr_0" in names else None
+        else:
+            images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (ValueError, RuntimeError, pickle.UnpicklingError, *NO_ARCHIVE) as e:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(e).split()) or type(e).__name__}): cut short, or "
+                         f"neither .npz nor .pt") from None
+    stats = stats if {"mu", "sigma"} <= stats.keys() else None
+    if images is None and stats is None:
+        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma) but {', '.join(names)}")
+    if isinstance(images, ImageArchive) and not images.right:
+        raise ValueError(f"{path}: arr_0 is no images, uint8 [N,H,W,3]")
+    if not isinstance(images, (ImageArchive, type(None))) and not (
+            isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+            and images.shape[1] in (1, 3)):
+        raise ValueError(f"{path} holds no tensor of images, uint8 [N,3,H,W]")
+    return images, stats
 
 
 # ---- order
@@ -216,3 +335,11 @@ def save_grid(images, path, columns, zoom=None):
         canvas[r:r + H, c:c + W] = image
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.NEAREST).save(path)
+
+
+def save_images(images, path, columns):
+    """uint8 [B,C,H,W] -> a grid (.png), or all of them as `arr_0` [B,H,W,3], ADM's layout (.npz)."""
+    if Path(path).suffix.lower() == ".png":
+        return save_grid(images, path, columns)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, arr_0=to_rgb(images).permute(0, 2, 3, 1).cpu().numpy())

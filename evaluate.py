@@ -8,25 +8,11 @@
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
 import torch
-import torch.nn.functional as F
 
+import fid
 import run
 import sit
 from data import save_grid, to_uint8
-
-
-def pixel_features(images):
-    """uint8 [B,C,H,W] -> float64 [B, C * 64] in [0, 1]: the digits' raw pixels, other sets area-averaged to 8 x 8."""
-    return F.adaptive_avg_pool2d(images.double() / 255, 8).flatten(1)
-
-
-def frechet(a, b):
-    """Frechet distance of Gaussians fitted to a [M,F] and b [K,F], float64; trace from eigenvalues, never below 0."""
-    (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a, b))
-    w, v = torch.linalg.eigh(cov_a)
-    root = v * w.clamp(min=0).sqrt() @ v.T
-    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).clamp(min=0).item()
 
 
 def reference(images, most=10_000):
@@ -35,33 +21,42 @@ def reference(images, most=10_000):
     for name, s in (("train", images.train), ("held", images.held)):
         if s is not None and len(s) > 1:                                    # a covariance wants two
             rows = torch.randperm(len(s), generator=run.seeded("cpu", 0))[:most]
-            features, labels = zip(*[(pixel_features(x), y) for x, y in map(s.read, rows.split(256))])
+            features, labels = zip(*[(fid.pixel_features(x), y) for x, y in map(s.read, rows.split(256))])
             sets[name] = torch.cat(features), torch.cat(labels)
     return sets
 
 
-def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, batch=256):
-    """uint8 [num,C,H,W] by Euler steps, shared among the processes."""
+def sample_sit(model, rows, num_steps, cfg_scale, seed):
+    """Images [b,C,H,W] of the indices `rows`, by Euler steps."""
+    device = next(model.parameters()).device
+    noise = sit.indexed_noise(seed, rows, (model.in_channels, model.input_size, model.input_size))[1].to(device)
+    return sit.sample_ode(model, noise, (rows % model.num_classes).to(device), num_steps, cfg_scale)
+
+
+def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, batch=256, sample=sample_sit):
+    """uint8 [num,C,H,W], shared among the processes."""
     share = -(-num // processes.world)
     index = torch.arange(processes.rank * share, (processes.rank + 1) * share)
-    shape, out = (model.in_channels, model.input_size, model.input_size), []
+    out = []
     for rows in index.split(batch):
-        noise = sit.indexed_noise(seed, rows, shape)[1].to(processes.device)
         with autocast:
-            x = sit.sample_ode(model, noise, (rows % model.num_classes).to(processes.device), num_steps, cfg_scale)
-        out.append(to_uint8(x))
+            out.append(to_uint8(sample(model, rows, num_steps, cfg_scale, seed)))
     return processes.gather(torch.cat(out))[:num].cpu()
+
+
+def frechet(a, b):
+    return fid.frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
 def scores(samples, sets, num_classes):
     """{name: number} for uint8 samples [B,C,H,W] compared with the sets of `reference`; names as at the top."""
-    fake, (real, labels) = pixel_features(samples), sets["train"]
+    fake, (real, labels) = fid.pixel_features(samples), sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
     right = labels[neighbour] == torch.arange(len(fake)) % num_classes
-    row = {"fd": frechet(real, fake), "accuracy": right.double().mean().item(), "nearest": distance.mean().item()}
+    row = {"fd": frechet(fake, real), "accuracy": right.double().mean().item(), "nearest": distance.mean().item()}
     if "held" in sets:
         held = sets["held"][0]
-        row |= {"fd_held": frechet(held, fake), "nearest_held": torch.cdist(held, real).min(dim=1)[0].mean().item()}
+        row |= {"fd_held": frechet(fake, held), "nearest_held": torch.cdist(held, real).min(dim=1)[0].mean().item()}
     return row
 
 
@@ -73,15 +68,15 @@ def sample_sheet(samples, num_classes, path, columns=10):
         save_grid(torch.cat([r[:width] for r in rows]), path, width)
 
 
-def tell(rows, out):
-    """The last lines of a run: what was reached, and what to try next."""
+def tell(rows, out, advice=None):
+    """The last lines of a run: what was reached, and what to try next (`advice`, where it is no SiT)."""
     scored = next((r for r in reversed(rows) if "fd" in r), None)
     if scored:
         print(f"after {scored['step']} steps and {rows[-1]['seconds']:.0f} s of training: Frechet distance "
               f"{scored['fd']:.3f} on pixels, {100 * scored['accuracy']:.1f} % of the samples look like their class")
         print(f"pictures: {out}/samples.png, {out}/curves.png")
-    print(f"next: python sit.py --ckpt {out}/ckpt.pt --cfg 1.5   draws more; "
-          f"python haste_train.py --align none --out out/plain   is the same run without guidance")
+    print("next: " + (advice or f"python sit.py --ckpt {out}/ckpt.pt --cfg 1.5   draws more; "
+                      f"python haste_train.py --align none --out out/plain   is the same run without guidance"))
 
 
 def plot_curves(rows, path, tau):

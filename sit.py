@@ -419,11 +419,11 @@ def main(argv=None):
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint cannot tell")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
-    parser.add_argument("--out", default="out/grid.png", help="the picture")
+    parser.add_argument("--out", default="out/grid.png", help="a picture (.png), or all images for fid.py (.npz)")
     args = parser.parse_args(argv)
     with run.one_line("sit.py"):
-        if not args.out.lower().endswith(".png"):
-            raise ValueError(f"--out {args.out} must end in .png")
+        if not args.out.lower().endswith((".png", ".npz")):
+            raise ValueError(f"--out {args.out} must end in .png or .npz")
         if not args.interval[0] <= args.interval[1]:
             raise ValueError(f"--interval {args.interval[0]} {args.interval[1]} must be low, then high")
         for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
@@ -456,7 +456,7 @@ def sample_images(args, device):
             else:
                 x = sample_ode(model, x.to(device), y.to(device), heun=args.sampler == "heun", **kwargs)
         images.append(data.to_uint8(x, args.to_uint8).cpu())
-    data.save_grid(torch.cat(images), args.out, columns=10 if args.labels == "random" else min(10, model.num_classes))
+    data.save_images(torch.cat(images), args.out, columns=10 if args.labels == "random" else min(10, model.num_classes))
     print(f"{args.out}: {args.num} samples, {args.sampler.upper()} with {args.steps} steps, guidance {args.cfg:g}")
 
 

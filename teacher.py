@@ -217,7 +217,8 @@ def load_dinov2(name="dinov2_vitb14", weights=None):
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as e:
             raise OSError(f"the weights of {name} could not be fetched ({e}): download {url} and name the file with "
-                          f"--teacher-weights, or use --teacher small") from None
+                          f"--teacher-weights (fid.py: --weights), or use --teacher small (fid.py: other --features)"
+                          ) from None
     else:
         state = _read(weights)
     with torch.device("meta"):                                              # no time lost on an initialisation
