@@ -16,10 +16,9 @@ Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, 
 import math
 import re
 import sys
-import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -193,27 +192,12 @@ def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
 
 def check(cfg, world):
     """Refuse impossible values, with flag and remedy, before anything is loaded; fill in the model's own sizes."""
-    def need(ok, name, remedy):
-        if not ok:
-            raise ValueError(f"{run.flag(name)} {getattr(cfg, name)} {remedy}")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "stop_interval", "teacher_steps", "projector_dim",
-                 "eval_steps"):
-        need(getattr(cfg, name) >= 1, name, "must be 1 or more")
-    for name in ("warmup", "save_every", "eval_every", "stop_warmup", "seed", "feature_weight", "attention_weight",
-                 "weight_decay"):
-        need(0 <= getattr(cfg, name) < 2 ** 63, name, "must be 0 or more, and finite")
-    for name in ("lr", "clip"):
-        need(0 < getattr(cfg, name) < math.inf, name, "must be a positive number")
-    for name in ("ema", "beta2"):
-        need(0 <= getattr(cfg, name) < 1, name, "must lie in [0, 1)")
-    need(cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
-    need(0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
+    run.check(cfg, world, ("stop_interval", "teacher_steps", "projector_dim"),
+              ("stop_warmup", "feature_weight", "attention_weight"))
+    need = partial(run.need, cfg)
     need(cfg.model in sit.SIT_CONFIGS, "model", f"is none of {', '.join(sit.SIT_CONFIGS)}")
     need(cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop", "must be a number of steps, auto or never")
-    parts = world * cfg.accumulate
-    need(cfg.batch_size % parts == 0, "batch_size", f"must be a multiple of {parts} (processes x --accumulate)")
-    for name in ("depth", "hidden_size", "num_heads", "feature_depth", "image_size"):
-        need(getattr(cfg, name) is None or getattr(cfg, name) >= 1, name, "must be 1 or more")
+    need(cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth", "must be 1 or more")
     for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
         setattr(cfg, name, getattr(cfg, name) or sit.SIT_CONFIGS[cfg.model][name])
     need(cfg.hidden_size % cfg.num_heads == 0 and cfg.hidden_size % 4 == 0, "hidden_size",
@@ -337,114 +321,75 @@ def train(cfg, processes, stop):
         check(cfg, processes.world)
         modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
         saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
-        start, seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
-        if start >= cfg.steps:
+        if saved and saved["steps"] >= cfg.steps:
             return
         images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
         sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
-    device, out, world = processes.device, Path(cfg.out), processes.world
-    if processes.main and saved is None:
-        (out / "ckpt.pt").unlink(missing_ok=True)                           # of an earlier run: this one has begun
+    device, world, autocast = processes.device, processes.world, run.autocast(cfg.precision, processes.device)
+    book = run.Book(cfg, saved, student, processes, stop, arch=arch, tau=tau, code=code)
     del saved
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
     mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
     shape = (cfg.batch_size, images.channels, images.size, images.size)
     grid, null = student.model.grid, student.model.num_classes
-    log = run.Log(out / "log.jsonl", start, processes)
-    finite = run.FiniteGuard(out / "ckpt.pt" if cfg.resume in ("auto", "never") else cfg.resume, processes)
-    feed = data_module.batches(images.train, cfg.seed, start, cfg.batch_size, mine, pin=device.type == "cuda")
+    feed = data_module.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda")
     size = sum(p.numel() for p in student.model.parameters()) / 1e6
     processes.print(f"{cfg.model}, {size:.1f} M parameters, {grid} x {grid} tokens; align {cfg.align}; "
-                    f"{world} process(es) on {device.type}, {'bf16' if bf16 else 'fp32'}")
+                    f"{world} process(es) on {device.type}, {run.precision(cfg.precision, device)}")
 
     def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> tokens and taps
         with torch.no_grad(), autocast:
             return teacher(teacher_module.preprocess(to_rgb(pixels), grid), [t for _, t in pairs])
 
-    def save(steps):
-        run.save_checkpoint(out / "ckpt.pt", {**student.state(), "args": asdict(cfg), "arch": arch, "steps": steps,
-                                              "tau": tau, "seconds": seconds, "code": code})
+    def look():                                                             # an evaluation's numbers for the log
+        samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed,
+                                        processes, autocast)
+        if not processes.main:
+            return {}
+        evaluate.sample_sheet(samples, null, book.out / "samples.png")
+        return evaluate.scores(samples, sets, null)
 
-    clock, clock_step = time.perf_counter(), start
-    for step in range(start, cfg.steps):
-        done, cosine = step + 1, None
-        last, due = done == cfg.steps, lambda every: every > 0 and done % every == 0
-
+    for step in range(book.start, cfg.steps):
         # learning rate, and the end of the guidance
-        lr = cfg.lr * min(1, done / max(1, cfg.warmup))
+        lr, extra = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)), {}
         if teacher is not None and cfg.stop == "auto" and step >= cfg.stop_warmup and step % cfg.stop_interval == 0:
             cosine = held_cosine(student.model, images, targets_of, pairs, cfg, processes, autocast)
-            tau = step if cosine < cfg.stop_threshold else tau
-        if student.model.projectors is not None and step >= tau:
+            extra, book.content["tau"] = {"grad_cosine": cosine}, step if cosine < cfg.stop_threshold else tau
+        if student.model.projectors is not None and step >= book.content["tau"]:
             teacher = None                                                  # never run again, its memory is free
             student.drop_guide()
             processes.print(f"step {step}: the guidance ends")
-        evaluating = cfg.eval_every > 0 and (last or due(cfg.eval_every))
-        logging = last or evaluating or due(cfg.log_every) or cosine is not None
 
         # batch: everything random is drawn for the global batch, and sliced
-        try:
-            pixels, y = (b.to(device, non_blocking=True) for b in next(feed))
-        except (ValueError, OSError) as e:                                  # a bad image ends the run, loses no step
-            if world == 1 and step > start:
-                finite.require()
-                save(step)
-            raise SystemExit(f"haste_train.py: {e}") from None
+        with run.one_line("haste_train.py"):
+            pixels, y = book.batch(feed, step)
         eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, shape, device))
         pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         x, y = to_pixels(pixels), torch.where(dropped, null, y)
 
         # forward and backward, in `accumulate` parts
-        sums = {}
+        sums, exact = {}, book.logging(step) or bool(extra)
         for i in range(0, share, part):
             rows = slice(i, i + part)
             targets = None if teacher is None else targets_of(pixels[rows])
             batch = x[rows], eps[rows], t[rows], y[rows], targets
             with student.net.no_sync() if world > 1 and i + part < share else nullcontext():
                 with autocast:
-                    total, terms = losses(student.net, *batch, pairs, cfg, exact=logging)
+                    total, terms = losses(student.net, *batch, pairs, cfg, exact)
                 (total / cfg.accumulate).backward()
             sums = {k: sums.get(k, 0) + v.detach() / cfg.accumulate for k, v in terms.items()}
 
-        # step and average
+        # step and average; log, sample, save
         norm = student.step(lr, cfg.clip)
-        finite.watch(step, norm + sums["loss"])
-
-        # log, sample, save
-        stopping = stop.agreed()
-        saving = stopping or last or due(cfg.save_every)
-        if not (logging or saving):
-            continue
-        finite.require()                                                    # the host waits for the device here only
-        values = processes.mean(torch.stack([*sums.values(), norm])).tolist()
-        now = time.perf_counter()
-        seconds += now - clock
-        row = {"step": done, **dict(zip([*sums, "grad_norm"], values)), "lr": lr,
-               "images_per_s": (done - clock_step) * cfg.batch_size / (now - clock), "seconds": seconds}
-        if cosine is not None:
-            row["grad_cosine"] = cosine
-        if evaluating:
-            samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed,
-                                            processes, autocast)
-            if processes.main:
-                row |= evaluate.scores(samples, sets, null)
-                evaluate.sample_sheet(samples, null, out / "samples.png")
-        if logging:
-            log.write(row)
-        if saving and processes.main:
-            save(done)
-        if stopping:
-            processes.print(f"stopped by a signal after step {done}, saved {out / 'ckpt.pt'}: the same command goes on")
+        if book.close_step(step, lr, norm, sums, look, extra):
             break
-        clock, clock_step = time.perf_counter(), done
     feed.close()
     if processes.main:
-        rows = run.read_log(out / "log.jsonl")
+        rows = run.read_log(book.out / "log.jsonl")
         if rows:
-            evaluate.plot_curves(rows, out / "curves.png", tau if cfg.align != "none" else math.inf)
-            evaluate.tell(rows, out)
+            tau = book.content["tau"] if cfg.align != "none" else math.inf
+            evaluate.plot_curves(rows, book.out / "curves.png", tau)
+            evaluate.tell(rows, book.out)
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ import re
 import signal
 import struct
 import sys
+import time
 import typing
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,6 +85,30 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def need(cfg, ok, name, remedy):
+    """Refuse the value of a field: one line with its flag and the remedy."""
+    if not ok:
+        raise ValueError(f"{flag(name)} {getattr(cfg, name)} {remedy}")
+
+
+def check(cfg, world, least_one=(), least_zero=()):
+    """Refuse impossible values of the flags that all training programs share, and of the counts that are named."""
+    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_steps", *least_one):
+        need(cfg, getattr(cfg, name) >= 1, name, "must be 1 or more")
+    for name in ("warmup", "save_every", "eval_every", "seed", "weight_decay", *least_zero):
+        need(cfg, 0 <= getattr(cfg, name) < 2 ** 63, name, "must be 0 or more, and finite")
+    for name in ("lr", "clip"):
+        need(cfg, 0 < getattr(cfg, name) < float("inf"), name, "must be a positive number")
+    for name in ("ema", "beta2"):
+        need(cfg, 0 <= getattr(cfg, name) < 1, name, "must lie in [0, 1)")
+    need(cfg, cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
+    need(cfg, 0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
+    parts = world * cfg.accumulate
+    need(cfg, cfg.batch_size % parts == 0, "batch_size", f"must be a multiple of {parts} (processes x --accumulate)")
+    for name in ("depth", "hidden_size", "num_heads", "image_size"):
+        need(cfg, getattr(cfg, name) is None or getattr(cfg, name) >= 1, name, "must be 1 or more")
+
+
 # ---- processes
 
 def restarts():
@@ -135,6 +160,16 @@ class Processes:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def gather_objects(self, mine, only_first=False):
+        """Every process's object (picklable, tensors on the CPU), in the order of the ranks; None on the others."""
+        everyone = [mine] * self.world
+        if self.world > 1 and only_first:
+            everyone = everyone if self.main else None
+            dist.gather_object(mine, everyone)
+        elif self.world > 1:
+            dist.all_gather_object(everyone, mine)
+        return everyone
 
     def first(self, make):
         """make() on the first process, then on the others, which find what it has downloaded or cached."""
@@ -214,18 +249,21 @@ class Student:
     """A model, its average (EMA) and its optimizer; `net` is what the loop calls, with DDP where there are many.
 
     Parameters whose names start with `guide` serve the training only: `drop_guide` takes them away in mid-run.
+    `decay_vectors` says whether tensors of fewer than two dimensions have weight decay too.
     """
 
-    def __init__(self, model, cfg, processes, guide="-"):
+    def __init__(self, model, cfg, processes, guide="-", decay_vectors=True):
         self.processes, self.decay, self.guide = processes, cfg.ema, guide
         self.model = model.to(processes.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if cfg.compile:
             self.model.compile()                                            # in place: names stay as they are
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        groups = [[p for n, p in named if n.startswith(guide) == is_guide] for is_guide in (False, True)]
-        self.opt = torch.optim.AdamW([dict(params=g) for g in groups if g], lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                     weight_decay=cfg.weight_decay, fused=True)
+        groups = {}                                                         # (guide?, without weight decay?): tensors
+        for n, p in self.model.named_parameters():
+            if p.requires_grad:
+                groups.setdefault((n.startswith(guide), p.ndim < 2 and not decay_vectors), []).append(p)
+        self.opt = torch.optim.AdamW([dict(params=groups[k], weight_decay=0.0 if k[1] else cfg.weight_decay)
+                                      for k in sorted(groups)], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
         self.kept = {"model": {}, "ema": {}}                                # the guide's last weights, on the host
         self.wrap()
 
@@ -234,7 +272,10 @@ class Student:
         if self.processes.world > 1:
             gc.collect()                                                    # an old wrapper's hooks must be gone first
             ids = [self.processes.device.index] if self.processes.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            known = inspect.signature(DistributedDataParallel.__init__).parameters          # newer torch renamed it
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.net = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True,
+                                               **{sync: False})             # buffers are constants
 
     def drop_guide(self):
         """The guide leaves model, EMA, optimizer and device. The rest keeps its state; checkpoints keep the guide."""
@@ -280,19 +321,25 @@ def seeded(device, *words):
 
 # ---- checkpoints
 
-def save_checkpoint(path, content):
-    """Write atomically: a crash at any moment leaves the old file or the new one."""
+@contextmanager
+def atomic(path):
+    """A binary file to write to, put in the place of `path` once it is whole: a crash leaves old or new."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as f:
-            torch.save(content, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except BaseException:                                                   # a full disk, say: the old checkpoint stays
+    except BaseException:                                                   # a full disk, say: the old file stays
         partial.unlink(missing_ok=True)
         raise
+
+
+def save_checkpoint(path, content):
+    with atomic(path) as f:
+        torch.save(content, f)
 
 
 def code_hash(*modules):
@@ -300,7 +347,7 @@ def code_hash(*modules):
     return hashlib.sha256("".join(inspect.getsource(m) for m in modules).encode()).hexdigest()[:16]
 
 
-CONTENT = {"model", "ema", "opt", "args", "arch", "steps", "tau", "seconds", "code"}       # of a checkpoint
+CONTENT = {"model", "ema", "opt", "args", "arch", "steps", "seconds", "code"}              # of a checkpoint, at least
 
 
 def resume_point(cfg, free, modules, processes):
@@ -357,7 +404,16 @@ class FiniteGuard:
                              f"Try a lower --lr, or --precision fp32")
 
 
-# ---- log
+def precision(wanted, device):
+    """What --precision auto means here: bf16 on CUDA."""
+    return ("bf16" if device.type == "cuda" else "fp32") if wanted == "auto" else wanted
+
+
+def autocast(wanted, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(wanted, device) == "bf16")
+
+
+# ---- log, and the end of a step
 
 class Log:
     """log.jsonl, one object a line, by the first process. A resumed run drops lines that lie beyond its checkpoint."""
@@ -388,3 +444,75 @@ def read_log(path):
         except json.JSONDecodeError:
             break
     return rows
+
+
+class Book:
+    """All that a run keeps besides the student: its place, clock, log and checkpoints.
+
+    `content` is what a checkpoint holds besides the student and the place; the loop may change it on the way.
+    """
+
+    def __init__(self, cfg, saved, student, processes, stop, **content):
+        self.cfg, self.student, self.processes, self.stop, self.content = cfg, student, processes, stop, content
+        self.out, self.checkpoint = Path(cfg.out), Path(cfg.out) / "ckpt.pt"
+        self.start, self.seconds = (saved["steps"], saved["seconds"]) if saved else (0, 0.0)
+        if processes.main and saved is None:
+            self.checkpoint.unlink(missing_ok=True)                         # of an earlier run: this one has begun
+        self.log = Log(self.out / "log.jsonl", self.start, processes)
+        self.finite = FiniteGuard(self.checkpoint if cfg.resume in ("auto", "never") else cfg.resume, processes)
+        self.clock, self.clock_step = time.perf_counter(), self.start
+
+    def due(self, step, every):
+        """Whether something done every so many steps (0: never) is to be done at the end of this step."""
+        return every > 0 and (step + 1) % every == 0
+
+    def evaluating(self, step):
+        return self.cfg.eval_every > 0 and (step + 1 == self.cfg.steps or self.due(step, self.cfg.eval_every))
+
+    def logging(self, step):
+        return step + 1 == self.cfg.steps or self.evaluating(step) or self.due(step, self.cfg.log_every)
+
+    def save(self, steps):
+        save_checkpoint(self.checkpoint, {**self.student.state(), "args": dataclasses.asdict(self.cfg), "steps": steps,
+                                          "seconds": self.seconds, **self.content})
+
+    def batch(self, feed, step):
+        """The next batch on the device. A bad image (ValueError, OSError) ends the run but loses no step."""
+        try:
+            return [b.to(self.processes.device, non_blocking=True) for b in next(feed)]
+        except (ValueError, OSError):
+            if self.processes.world == 1 and step > self.start:
+                self.finite.require()
+                self.save(step)
+            raise
+
+    def close_step(self, step, lr, norm, terms, evaluate, extra=None):
+        """Log, evaluate and save what is due after a step. True where a signal ends the run here.
+
+        terms {name: scalar on the device}; evaluate() -> more numbers for the log's line, called by every process;
+        `extra` are numbers that are worth a line at any step.
+        """
+        self.finite.watch(step, norm + terms["loss"])
+        done, last, stopping = step + 1, step + 1 == self.cfg.steps, self.stop.agreed()
+        logging = self.logging(step) or bool(extra)
+        saving = stopping or last or self.due(step, self.cfg.save_every)
+        if not (logging or saving):
+            return False
+        self.finite.require()                                               # the host waits for the device here only
+        values = self.processes.mean(torch.stack([*terms.values(), norm])).tolist()
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        row = {"step": done, **dict(zip([*terms, "grad_norm"], values)), "lr": lr,
+               "images_per_s": (done - self.clock_step) * self.cfg.batch_size / (now - self.clock),
+               "seconds": self.seconds, **(extra or {})}
+        if self.evaluating(step):
+            row |= evaluate()
+        if logging:
+            self.log.write(row)
+        if saving and self.processes.main:
+            self.save(done)
+        if stopping:
+            self.processes.print(f"stopped by a signal after step {done}, saved {self.checkpoint}: "
+                                 f"the same command goes on")
+        self.clock, self.clock_step = time.perf_counter(), done
+        return stopping

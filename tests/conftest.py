@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(GOLDEN)]
 import data  # noqa: E402
 import haste_train  # noqa: E402
 import teacher  # noqa: E402
+import xar  # noqa: E402
 from fill import draw, fill_state_dict  # noqa: E402
 
 
@@ -65,6 +66,20 @@ def tiny_run(tmp_path, small_teacher):
         haste_train.main([*TINY, "--out", str(out), "--cache", str(tmp_path / "cache"),
                           "--teacher-weights", str(small_teacher), *flags])
         return rows_of(out), torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else None
+    return call
+
+
+TINY_XAR = ["train", "--depth", "2", "--hidden-size", "16", "--num-heads", "2", "--entity", "cell:4",
+            "--batch-size", "8", "--steps", "4", "--lr", "0.02", "--ema", "0.5", "--log-every", "1",
+            "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu", "--resume", "never"]
+
+
+@pytest.fixture
+def tiny_xar(tmp_path):
+    """As tiny_run, for xar.py."""
+    def call(*flags, out="run", base=TINY_XAR):
+        xar.main([*base, "--out", str(tmp_path / out), *flags])
+        return rows_of(tmp_path / out), torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
     return call
 
 

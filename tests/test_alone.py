@@ -21,6 +21,16 @@ for sample in (sit.sample_ode, sit.sample_sde):
 torch.save(model.state_dict(), "w.pt")
 assert sit.load_sit("w.pt", num_heads=2)(x, torch.rand(2), y).shape == x.shape
 """,
+    "xar.py": """
+import torch, xar
+model = xar.XAR(8, 1, 32, 1, 1, 2, 10, "cell:4")
+x, y = torch.randn(2, 1, 8, 8), torch.arange(2)
+assert model(model.to_tokens(x), torch.rand(2, 4), y).shape == (2, 64, 1)
+model.loss(x, y, label_drop=0.1, context="clean").backward()
+assert model.sample(y, num_steps=3, cfg_scale=1.5).shape == x.shape
+torch.save({"ema": model.state_dict(), "arch": dict(grid=8, num_heads=2, entity="cell:4")}, "w.pt")
+assert xar.load_xar("w.pt").sample(1, 2).shape == (1, 1, 8, 8)
+""",
     "teacher.py": """
 import torch, teacher
 images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
@@ -29,6 +39,25 @@ tokens, taps = net(teacher.preprocess(images, 4), tap_layers=(1,))
 assert tokens.shape == (40, 16, 16) and taps[0][0].shape == (40, 4, 16, 4)
 net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2).resize_pos_embed(2)
 assert net.features(teacher.preprocess(images[:2], 2))[0].shape == (2, 16)
+""",
+    "vae.py": """
+import torch, vae
+model = vae.AutoencoderKL((1, 1), 4).eval()
+x = torch.randn(1, 3, 8, 8)
+mean, std = model.encode(x)
+assert mean.shape == std.shape == (1, 4, 4, 4) and model.decode(mean).shape == x.shape
+torch.save(model.state_dict(), "w.pt")
+assert torch.allclose(vae.load_vae("w.pt").decode(mean), model.decode(mean), atol=1e-5)
+""",
+    "fid.py": """
+import torch, fid
+images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+found = fid.extract(images, fid.Inception(), batch_size=2, keep=("pool", "logits"))
+assert found.gaussians["pool"][0].shape == (2048,) and found.gaussians["spatial"][0].shape == (2023,)
+assert fid.frechet_distance(*found.gaussians["pool"], *found.gaussians["pool"]) == 0
+assert fid.inception_score(found.kept["logits"]) >= 1
+assert fid.precision_recall(found.kept["pool"], found.kept["pool"]) == (1, 1)
+assert len(fid.kid(found.kept["pool"], found.kept["pool"], subset_size=4)) == 2
 """,
 }
 
@@ -77,7 +106,9 @@ def test_readme_commands_run(tmp_path):
         args = shlex.split(command)[1:]
         if args[0] == "haste_train.py" and "--help" not in args:
             args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
-        if args[0] == "sit.py":
+        if args[:2] == ["xar.py", "train"] and "--help" not in args:
+            args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
+        if args[0] == "sit.py" or args[:2] == ["xar.py", "sample"]:
             args += ["--num", "4", "--steps", "4"]
         done = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, command + "\n" + done.stdout + done.stderr

@@ -9,19 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows_of, same_weights
+from conftest import ROOT, TINY, TINY_XAR, rows_of, same_weights
 
 pytestmark = pytest.mark.slow
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+HASTE, XAR = ("haste_train.py", *TINY), ("xar.py", *TINY_XAR)
 
 
-def start(processes, *flags, out, teacher=None, env=(), **kwargs):
-    """Popen of haste_train.py, under torchrun where there are several processes; output goes to OUT.txt."""
+def start(processes, *flags, out, teacher=None, env=(), program=HASTE, evaluation=("--eval-every", "0"), **kwargs):
+    """Popen of a program, under torchrun where there are several processes; output goes to OUT.txt."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}", *kwargs.pop("torchrun", [])]
-    command = [*launch, str(ROOT / "haste_train.py"), *TINY, "--eval-every", "0", "--out", str(out), *flags]
+    command = [*launch, str(ROOT / program[0]), *program[1:], *evaluation, "--out", str(out), *flags]
     command += ["--teacher-weights", str(teacher)] if teacher else []
     with open(f"{out}.txt", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**ENV, **dict(env)}, start_new_session=True)
@@ -50,7 +52,7 @@ def workers_of(process):
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            if parent == process.pid and "haste_train.py" in (stat.parent / "cmdline").read_text():
+            if parent == process.pid and str(ROOT) in (stat.parent / "cmdline").read_text():
                 found.append(pid)
         except (FileNotFoundError, ProcessLookupError):
             pass
@@ -177,3 +179,73 @@ def test_precision_and_compile(tmp_path, small_teacher, processes):
             assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])
         assert len(re.findall("Recompiling function", text)) == (processes if "--compile" in extra else 0), text
         assert all(w.dtype == torch.float32 for w in checkpoint(tmp_path / name)["model"].values())
+
+
+# ---- fid.py
+
+def test_fid_is_the_same_for_any_number_of_processes(tmp_path):
+    """Three processes, one of which has no images at all, and metrics of whole sets: as one process. Errors as well."""
+    from PIL import Image
+    images = torch.randint(0, 256, (44, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save(images[:4].permute(0, 3, 1, 2).clone(), tmp_path / "a.pt")
+    (tmp_path / "b").mkdir()
+    for i, image in enumerate(images[4:].numpy()):
+        Image.fromarray(image).save(tmp_path / "b" / f"{i:02}.png")
+
+    def call(*launch):
+        words = ["fid.py", str(tmp_path / "a.pt"), str(tmp_path / "b"), "--features", "pixels", "--json"]
+        return subprocess.run([sys.executable, *launch, *words], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    done = [call(), call(*torchrun)]
+    assert [d.returncode for d in done] == [0, 0], done[1].stderr[-2000:]
+    one, three = (json.loads(d.stdout) for d in done)
+    assert one.keys() == three.keys() and {"fd", "precision", "recall", "kid"} < one.keys()
+    assert all(one[k] == (v if isinstance(v, str) else pytest.approx(v, rel=1e-9, abs=1e-12)) for k, v in three.items())
+    Image.new("RGB", (9, 8)).save(tmp_path / "b" / "39.png")                # read by the last process only
+    for launch in ((), torchrun):
+        assert "fid.py: images of mixed sizes" in call(*launch).stderr
+
+
+# ---- xAR
+
+def test_xar_on_two_processes_is_xar_on_one(tmp_path):
+    for entity, context in (("cell:4", "random"), ("scale", "clean")):
+        flags = ["--steps", "20", "--mirror", "--entity", entity, "--context", context, "--eval-every", "20"]
+        for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
+            go(n, *flags, *extra, out=tmp_path / name, program=XAR)
+        one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
+        assert len(one) == len(two) == 20
+        for a, b, c in zip(one, two, parts):
+            assert max(abs(a["loss"] - b["loss"]), abs(a["loss"] - c["loss"])) < 1e-5 * max(1, a["loss"]), a["step"]
+        assert abs(one[-1]["fd"] - two[-1]["fd"]) < 1e-2 * one[-1]["fd"]
+
+
+def test_killed_xar_goes_on_bit_for_bit_on_two_processes_with_dropout(tmp_path):
+    flags = ["--resume", "auto", "--save-every", "5", "--steps", "300", "--dropout", "0.2", "--attn-dropout", "0.2"]
+    process = start(2, *flags, out=tmp_path / "run", program=XAR)
+    wait_for_step(tmp_path / "run", 12)
+    for pid in (*workers_of(process), process.pid):                         # workers have sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert "going on from step" in go(2, *flags, out=tmp_path / "run", program=XAR)
+    go(2, *flags, out=tmp_path / "straight", program=XAR)
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+
+
+def test_xar_samples_do_not_depend_on_the_number_of_processes(tmp_path):
+    go(1, "--steps", "2", out=tmp_path / "run", program=XAR)
+    files = [tmp_path / f"{n}.npz" for n in (1, 2)]
+    for n, file in zip((1, 2), files):
+        go(n, "--num", "5", "--steps", "3", "--device", "cpu", out=file, evaluation=(), torchrun=["--"],
+           program=("xar.py", "sample", "--ckpt", str(tmp_path / "run" / "ckpt.pt")))       # --: torchrun has --num...
+    a, b = (np.load(f)["arr_0"].astype(int) for f in files)
+    assert a.shape == (5, 8, 8, 3) and abs(a - b).max() <= 1
+
+
+def test_xar_precision_and_compile(tmp_path):
+    flags = ["--steps", "10", "--lr", "1e-3"]
+    go(1, *flags, out=tmp_path / "fp32", program=XAR)
+    for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"])):
+        go(1, *flags, *extra, out=tmp_path / name, program=XAR)
+        for a, b in zip(rows_of(tmp_path / "fp32"), rows_of(tmp_path / name)):
+            assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])

@@ -1,0 +1,347 @@
+"""xAR is the official network; whatever the entity, cached sampling is the full forward and nothing looks ahead."""
+import argparse
+
+import pytest
+import torch
+from conftest import Golden, distance
+from fill import fill_state_dict
+
+import xar
+
+ENTITIES = ("patch", "cell:2", "cell:4", "subsample:2", "scale", "image")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def official():
+    """The golden file, its model, and its filled weights under all official names, tables included."""
+    g = Golden("xar")
+    c = g.config
+    model = xar.XAR(16, 16, c["dim"], c["encoder_depth"], c["decoder_depth"], c["num_heads"], entity="cell:8",
+                    quantize_t=True).eval()
+    sd = fill_state_dict(model.state_dict(), c["seed"])
+    model.load_state_dict(sd)
+    tables = {k: torch.zeros(s) for k, s in c["keys"].items() if ".rope." in k or k == "mask"}
+    return g, model, {**sd, **tables}
+
+
+def small(entity, grid=8, channels=1, classes=10, **kwargs):
+    """A network whose every part matters: all weights filled."""
+    model = xar.XAR(grid, channels, 32, 2, 1, 2, classes, entity, **kwargs)
+    model.load_state_dict(fill_state_dict(model.state_dict()))
+    return model.eval()
+
+
+def recorded(seed=0):
+    """randn-like function and the list of what it has returned."""
+    g, drawn = torch.Generator().manual_seed(seed), []
+
+    def randn(like):
+        drawn.append(torch.randn(like.shape, generator=g, dtype=like.dtype))
+        return drawn[-1]
+    return randn, drawn
+
+
+# ---- the official network
+
+def test_velocity_loss_and_sample_are_the_official_ones():
+    g, model, _ = official()
+    c, t = g.config, g["t"].T
+    B, M, n = c["batch"], c["cells"], c["tokens_per_cell"]
+    latent, eps = g.draw("latent", B, 16, 16, 16), g.draw("eps", B, M, n, 16).flatten(1, 2)
+    t_ = t.repeat_interleave(n, dim=1)[..., None]
+    with torch.no_grad():
+        v = model((1 - t_) * model.to_tokens(latent) + t_ * eps, t, g["y"])
+        assert distance(v, g["velocity"]) < 1e-5
+        assert abs(model.loss(latent, g["y"], t, eps).item() / g["loss"].item() - 1) < 1e-5
+    first, noise = g.draw("init", M, B, n, 16), g.draw("noise", M, c["num_steps"] - 1, B, n, 16)
+    draws = iter([z for i in range(M) for z in (first[i], *noise[i])])
+    out = model.sample(torch.arange(B) + 3, c["num_steps"], c["cfg"], lambda like: next(draws).to(like))
+    assert distance(out, g["sample"]) < 1e-5 and not list(draws)
+
+
+@pytest.mark.parametrize("name,millions", [("xAR-B", 172.6), ("xAR-L", 608.4), ("xAR-H", 1186.0)])
+def test_every_size_has_the_published_number_of_parameters(name, millions):
+    with torch.device("meta"):
+        model = xar.XAR(**xar.XAR_CONFIGS[name])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_every_checkpoint_layout_loads(tmp_path):
+    g, model, sd = official()
+    assert {k: list(w.shape) for k, w in sd.items()} == g.config["keys"]
+    tokens, t = torch.randn(2, 256, 16), torch.rand(2, 4)
+    own = small("subsample:2", classes=3)
+    ours = {"arch": dict(grid=8, num_heads=2, entity="subsample:2"), "model": {}, "ema": own.state_dict()}
+    for content, expected in (({"model": {}, "model_ema": sd, "args": argparse.Namespace(cfg=2.0), "epoch": 1}, model),
+                              (sd, model), (ours, own)):
+        torch.save(content, tmp_path / "x.pt")
+        loaded = xar.load_xar(tmp_path / "x.pt")
+        assert not loaded.training and loaded.entity == expected.entity
+        x, times = (tokens, t) if expected is model else (torch.randn(2, 64, 1), t)
+        with torch.no_grad():
+            assert torch.equal(loaded(x, times, torch.arange(2)), expected(x, times, torch.arange(2)))
+
+
+def test_unfit_checkpoints_say_why(tmp_path):
+    path, sd = tmp_path / "x.pt", official()[2]
+    bare = {k: w for k, w in sd.items() if ".rope." not in k}
+    cases = [(bare, "has width 48, which is no published size: pass num_heads"),
+             ({**sd, "extra": torch.zeros(1)}, "does not fit the model: unexpected extra"),
+             ({k: w for k, w in sd.items() if k != "pred.bias"}, "missing pred.bias"),
+             ({**sd, "pred.bias": torch.zeros(3)}, r"of another shape pred.bias \[3\] instead of \[16\]"),
+             ({**sd, "encoder_pos_embed_learned": torch.zeros(1, 144, 48)}, "cell:8 does not divide the grid: 12 must"),
+             ({**sd, "encoder_pos_embed_learned": torch.zeros(1, 64, 48)}, r"another shape decoder_pos_embed_learned"),
+             ({k: w for k, w in sd.items() if k != "class_emb.weight"}, "no tensor 'class_emb.weight'"),
+             ({"weights": 1}, "holds no xAR"), ([1], "holds no xAR")]
+    for content, message in cases:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message) as e:
+            xar.load_xar(path)
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+    for content in (b"hello", b"", path.read_bytes()[:-50]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            xar.load_xar(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        xar.load_xar(tmp_path / "none.pt")
+
+
+# ---- entities
+
+def test_entities_are_the_stated_ones():
+    grids = lambda name, G: [(g, i.tolist()) for g, i in xar.entities(name, G)]
+    assert grids("cell:2", 4) == [(4, [0, 1, 4, 5]), (4, [2, 3, 6, 7]), (4, [8, 9, 12, 13]), (4, [10, 11, 14, 15])]
+    assert grids("subsample:2", 4) == [(4, [0, 2, 8, 10]), (4, [1, 3, 9, 11]), (4, [4, 6, 12, 14]), (4, [5, 7, 13, 15])]
+    assert [g for g, _ in grids("scale", 16)] == [1, 2, 4, 8, 16] and [g for g, _ in grids("scale", 12)] == [3, 6, 12]
+    assert [g for g, _ in grids("scale", 7)] == [7]
+    assert grids("patch", 4) == grids("cell:1", 4) == [(4, [i]) for i in range(16)]
+    assert grids("image", 4) == grids("cell:4", 4) == grids("subsample:1", 4) == [(4, list(range(16)))]
+    for name in ("patch", "cell:2", "subsample:4", "image"):
+        assert sorted(sum((i for _, i in grids(name, 8)), [])) == list(range(64))           # a partition
+    for bad, message in (("cell:3", "entity cell:3 does not divide the grid: 8 must be a multiple"),
+                         ("cell:0", "does not divide"), ("row", "entity row is none of patch, cell:k, subsample:s"),
+                         ("cell", "is none of"), ("patch:2", "is none of")):
+        with pytest.raises(ValueError, match=message):
+            xar.XAR(8, 1, 32, 1, 1, 2, 10, bad)
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_tokens_and_image_are_the_same_thing(entity):
+    model, latent = small(entity, channels=3), torch.randn(2, 3, 8, 8)
+    tokens = model.to_tokens(latent)
+    assert torch.equal(model.to_latent(tokens), latent) and tokens.shape == (2, sum(model.sizes), 3)
+    so_far = model.to_latent(tokens[:, :model.sizes[0]])                    # of a prefix: what is known, and zero
+    if entity == "scale":
+        assert torch.allclose(so_far, latent.mean((2, 3), keepdim=True).expand_as(latent), atol=1e-6)
+        assert torch.allclose(tokens[:, 1:5], torch.nn.functional.avg_pool2d(latent, 4).flatten(2).mT)
+    else:
+        known = (so_far != 0)[:, 0]
+        assert known.sum() == 2 * model.sizes[0] and torch.equal(so_far[:, :, known[0]], latent[:, :, known[0]])
+
+
+def test_a_level_of_a_pyramid_sits_at_the_centres_of_what_it_averages():
+    model = xar.XAR(8, 1, 32, 1, 1, 2, 10, "scale")
+    places = torch.tensor([[3.5, 3.5], [1.5, 1.5], [1.5, 5.5], [5.5, 1.5], [5.5, 5.5]])     # levels of 1 and 2 x 2 on 8
+    assert torch.allclose(model.rope_cos[:5, [0, 4]], places.cos())         # the first frequency of row and column is 1
+    assert torch.allclose(model.rope_sin[:5, [0, 4]], places.sin())
+
+
+# ---- attention
+
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_no_velocity_depends_on_later_entities(entity):
+    model = small(entity)
+    L, M = sum(model.sizes), len(model.sizes)
+    tokens, t, y = torch.randn(2, L, 1), torch.rand(2, M), torch.arange(2)
+    with torch.no_grad():
+        v = model(tokens, t, y)
+        for n in range(M):
+            begin, end = sum(model.sizes[:n]), sum(model.sizes[:n + 1])
+            other, other_t = tokens.clone(), t.clone()
+            other[:, begin:end] += 1
+            other_t[:, n] = 1 - t[:, n]
+            for changed in (model(other, t, y), model(tokens, other_t, y)):
+                assert torch.equal(changed[:, :begin], v[:, :begin])        # exactly
+                assert (changed[:, begin:] != v[:, begin:]).all()           # and everything from n on does change
+            assert distance(model(tokens[:, :end], t[:, :n + 1], y), v[:, :end]) < 1e-5     # a prefix is enough
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_clean_context_is_what_the_cache_holds(entity):
+    """Teacher forcing in one forward = each entity alone, with the true earlier ones as finished."""
+    model = small(entity)
+    (tokens, clean), t, y = torch.randn(2, 2, sum(model.sizes), 1), torch.rand(2, len(model.sizes)), torch.arange(2)
+    with torch.no_grad():
+        v = model(tokens, t, y, clean)
+        for n in range(len(model.sizes)):
+            begin, end = sum(model.sizes[:n]), sum(model.sizes[:n + 1])
+            mixed, times = torch.cat([clean[:, :begin], tokens[:, begin:end]], 1), t[:, :n + 1].clone()
+            times[:, :n] = 0
+            assert distance(v[:, begin:end], model(mixed, times, y)[:, begin:]) < 1e-5
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_cached_sampling_is_the_full_forward(entity, cfg_scale):
+    model, y, S = small(entity, grid=4 if entity == "patch" else 8, channels=2), torch.tensor([3, 0]), 3
+    randn, drawn = recorded()
+    tokens = model.sample_tokens(y, S, cfg_scale, randn)
+    draws, M, null = iter(drawn), len(model.sizes), torch.full_like(y, 10)
+    whole, t = torch.randn(tokens.shape), torch.ones(2, M)                  # what comes later is noise, and unseen
+    for n, size in enumerate(model.sizes):
+        begin, w = sum(model.sizes[:n]), cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
+
+        def velocity(x, time):
+            whole[:, begin:begin + size], t[:, n] = x.float(), time
+            with torch.no_grad():
+                c, u = (model(whole, t, labels)[:, begin:begin + size].double() for labels in (y, null))
+            return u + w * (c - u)
+        whole[:, begin:begin + size] = xar.reverse_sde(velocity, next(draws), S, lambda like: next(draws)).float()
+        t[:, n] = 0
+        assert distance(tokens[:, begin:begin + size], whole[:, begin:begin + size]) < 1e-5
+    assert not list(draws) and len(drawn) == M * S
+    assert torch.equal(model.to_latent(tokens), model.sample(y, S, cfg_scale, recorded()[0]))
+
+
+def test_flex_attention_sees_the_same():
+    """The mask of FlexAttention, block by block or within, is `visible`; on CUDA tests/test_gpu.py runs the kernel."""
+    for entity, copies in (("cell:4", 1), ("scale", 2), ("patch", 1)):
+        model = small(entity, grid=16)
+        L = len(model.entity_of)
+        mask = xar.flex_mask(entity, 16, len(model.sizes), copies * L, "cpu")
+        i = torch.arange(copies * L)
+        q, k = torch.broadcast_tensors(i[:, None], i)
+        seen = mask.mask_mod(0, 0, q, k)
+        assert torch.equal(seen, xar.visible(model.entity_of, q, k))
+        blocks = mask.to_dense()[0, 0].bool()
+        assert not (seen & ~blocks[q // 128, k // 128]).any()               # no block is skipped that holds something
+
+
+# ---- loss
+
+def test_image_is_plain_flow_matching():
+    model, x, y = small("image"), torch.randn(3, 1, 8, 8), torch.arange(3)
+    eps, t = torch.randn(3, 64, 1), torch.rand(3, 1)
+    latent_eps = model.to_latent(eps)
+    x_t = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * latent_eps
+    v = model.to_latent(model(model.to_tokens(x_t), t, y))
+    expected = (v - (latent_eps - x)).square().mean()
+    for context in xar.CONTEXTS:                                            # without context there is nothing to choose
+        assert torch.allclose(model.loss(x, y, t, eps, context=context), expected)
+
+
+def test_equal_entities_are_equal_networks():
+    x, y = torch.randn(2, 1, 8, 8), torch.arange(2)
+    for a, b in (("patch", "cell:1"), ("image", "cell:8"), ("image", "subsample:1")):
+        torch.manual_seed(0)
+        loss = small(a).loss(x, y)
+        torch.manual_seed(0)
+        assert torch.equal(loss, small(b).loss(x, y))
+
+
+def test_context_orders_the_times(monkeypatch):
+    model, seen = small("cell:4"), []
+    monkeypatch.setattr(model, "forward", lambda tokens, t, y, clean: (seen.append((t, clean)), tokens)[1])
+    x, t = torch.randn(50, 1, 8, 8), torch.rand(50, 4)
+    for context in xar.CONTEXTS:
+        model.loss(x, t=t, context=context)
+    random, increasing, decreasing, clean = (s[0] for s in seen)
+    assert torch.equal(random, t) and torch.equal(clean, t) and torch.equal(increasing, t.sort(dim=1)[0])
+    assert torch.equal(decreasing, increasing.flip(1))
+    assert [s[1] is not None for s in seen] == [False, False, False, True]
+    assert torch.equal(seen[3][1], model.to_tokens(x))
+    with pytest.raises(ValueError, match="context dirty is none of random, increasing"):
+        model.loss(x, context="dirty")
+    model.loss(torch.randn(20_000, 1, 8, 8))                                # logit-normal(0, 1), each entity its own
+    logits = seen[-1][0].logit()
+    assert (abs(logits.mean(0)) < 0.03).all() and (abs(logits.std(0) - 1) < 0.03).all()
+    assert abs(torch.corrcoef(logits.T) - torch.eye(4)).max() < 0.03
+
+
+def test_label_dropout_and_no_label(monkeypatch):
+    model, seen = small("image", grid=4), []
+    monkeypatch.setattr(model, "forward", lambda tokens, t, y, clean: (seen.append(y), tokens)[1])
+    x, y = torch.randn(4000, 1, 4, 4), torch.zeros(4000, dtype=torch.long)
+    for drop in (0.0, 0.3, 1.0):
+        model.loss(x, y, label_drop=drop)
+        assert abs((seen[-1] == 10).float().mean() - drop) < 0.03
+    model.loss(x)
+    assert (seen[-1] == 10).all() and not y.any()
+
+
+def test_loss_and_time_are_never_bfloat16():
+    model, x = small("cell:4"), torch.randn(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.loss(x).dtype == torch.float32
+        assert not torch.equal(*model.time_embed(torch.tensor([0.5, 0.501])))
+    half = small("cell:4").bfloat16()
+    seen = []
+    half.time_embed.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    assert half.sample(torch.arange(2), 2).dtype == torch.bfloat16 and set(seen) == {torch.float32}
+    embed = xar.TimeEmbedder(32, quantize=True)
+    assert torch.equal(embed(torch.tensor([0.5001])), embed(torch.tensor([0.5009])))        # the official thousandths
+    embed.quantize = False
+    assert not torch.equal(embed(torch.tensor([0.5001])), embed(torch.tensor([0.5009])))
+
+
+# ---- sampling
+
+@pytest.mark.parametrize("grid,entity", [(4, "cell:2"), (8, "patch"), (12, "scale"), (12, "cell:4"),
+                                         (16, "subsample:2"), (32, "cell:8"), (7, "image")])
+@pytest.mark.parametrize("channels,batch", [(1, 1), (16, 2)])
+def test_odd_geometries(grid, entity, channels, batch):
+    model = small(entity, grid, channels, classes=3, dropout=0.1, attn_dropout=0.1).train()
+    x = torch.randn(batch, channels, grid, grid)
+    for context in ("random", "clean"):
+        model.loss(x, context=context).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.sample(torch.arange(batch), 2, 1.5).shape == model.sample(batch, 2).shape == x.shape
+
+
+def test_evaluations_are_counted_and_guided_only_where_guidance_acts():
+    model, seen = small("cell:4"), []
+    model.class_emb.register_forward_hook(lambda m, args, out: seen.append(args[0].tolist()))
+    y = torch.tensor([1, 2])
+    model.sample(y, 3)                                                      # guidance 1: no evaluation without label
+    assert seen == [[1, 2]] * (4 * 3 + 3)                                   # every entity but the last is cached
+    seen.clear()
+    model.sample(y, 3, cfg_scale=2.0)
+    both = [1, 2, 10, 10]
+    assert seen == [[1, 2]] * 3 + [both] * (1 + 3 * 3 + 2)                  # entity 0 has guidance 1
+    seen.clear()
+    model.sample(2, 3, cfg_scale=2.0)
+    assert seen == [[10, 10]] * (4 * 3 + 3)                                 # without label there is nothing to guide
+    for labels in ([11], [-1]):
+        with pytest.raises(ValueError, match=r"must lie in 0 ... 9; 10 is no label"):
+            model.sample(torch.tensor(labels), 2)
+
+
+def test_sampling_leaves_no_trace():
+    model, y = small("cell:4", dropout=0.5, attn_dropout=0.5), torch.arange(2)
+    expected = model.sample(y, 2, randn=recorded()[0])
+    before = {k: dict(m.__dict__) for k, m in model.named_modules()}
+    model.train()
+    assert torch.equal(model.sample(y, 2, randn=recorded()[0]), expected)   # dropout is off, no cache is left over
+    assert model.training and torch.equal(model.sample(y, 2, randn=recorded()[0]), expected)
+    assert {k: m.__dict__.keys() for k, m in model.named_modules()} == {k: d.keys() for k, d in before.items()}
+
+
+def test_sampler_reaches_a_gaussian():
+    """x_0 ~ N(1, 0.5^2): velocity known in closed form; mean and spread come out."""
+    def velocity(x, t):
+        var = (1 - t) ** 2 * 0.25 + t ** 2
+        away = x - (1 - t)
+        return t / var * away - (1 + (1 - t) * 0.25 / var * away)           # E[eps - x_0 | x_t]
+    randn = recorded()[0]
+    out = xar.reverse_sde(velocity, randn(torch.empty(20_000, 1, 1, dtype=torch.float64)), 250, randn)
+    assert abs(out.mean() - 1) < 0.02 and abs(out.std() - 0.5) < 0.02
+
+
+def test_noise_depends_on_the_index_alone():
+    whole, part = xar.indexed_randn(3, range(6)), xar.indexed_randn(3, [4, 2])
+    for shape in ((5, 2), (3, 2)):
+        assert torch.equal(whole(torch.empty(6, *shape))[[4, 2]], part(torch.empty(2, *shape)))
