@@ -23,7 +23,7 @@ import pickle
 import re
 import struct
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +43,7 @@ XAR_CONFIGS = {
 }
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS, LAST_STEP = 1e-6, 0.04                                                 # of norms; SiT's last noisy time
-FLEX_TOKENS = 1024                                                          # from here on FlexAttention skips enough
+FLEX_TOKENS, FLEX_WIDTH = 1024, 16                                          # where FlexAttention pays; narrowest head
 
 
 # ---- entities: an ordered list of (g, raster indices into the g x g grid); all the rest derives from this list
@@ -102,8 +102,9 @@ def flex_mask(entity, G, M, length, device):
     """FlexAttention's form of `visible`, for the first M entities."""
     from torch.nn.attention.flex_attention import create_block_mask
     sizes = [len(i) for _, i in entities(entity, G)[:M]]
-    entity_of = torch.repeat_interleave(torch.arange(M), torch.tensor(sizes)).to(device)
-    return create_block_mask(lambda b, h, q, k: visible(entity_of, q, k), None, None, length, length, device=device)
+    with torch.inference_mode(False):                                       # it is kept: training may want it as well
+        entity_of = torch.repeat_interleave(torch.arange(M), torch.tensor(sizes)).to(device)
+        return create_block_mask(lambda b, h, q, k: visible(entity_of, q, k), None, None, length, length, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -272,7 +273,8 @@ class XAR(nn.Module):
             sizes, rows = 2 * sizes, rows.repeat(2)
         if M == 1 and clean is None:
             mask = None
-        elif tokens.is_cuda and len(rows) >= FLEX_TOKENS and not (self.training and self.attn_dropout):
+        elif (tokens.is_cuda and len(rows) >= FLEX_TOKENS and 2 * self.rope_cos.shape[1] >= FLEX_WIDTH
+              and not (self.training and self.attn_dropout)):
             mask = flex_mask(self.entity, self.grid, M, len(rows), tokens.device)           # FlexAttention: no dropout
         else:
             i = torch.arange(len(rows), device=tokens.device)
@@ -308,6 +310,7 @@ class XAR(nn.Module):
         if context not in CONTEXTS:
             raise ValueError(f"context {context} is none of {', '.join(CONTEXTS)}")
         x, null = self.to_tokens(latent), self.num_classes                  # [B,L,C]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))               # the target is never bfloat16
         t = torch.randn(len(x), len(self.sizes), device=x.device).sigmoid() if t is None else t
         t = t.sort(dim=1, descending=context == "decreasing")[0] if context in ("increasing", "decreasing") else t
         eps = torch.randn_like(x) if noise is None else noise
@@ -316,9 +319,9 @@ class XAR(nn.Module):
             y = torch.where(torch.rand(len(y), device=y.device) < label_drop, null, y)
         t_ = t[:, self.entity_of, None]                                     # [B,L,1]
         x_t, v = (1 - t_) * x + t_ * eps, eps - x                           # straight path, and its velocity
-        clean = x if context == "clean" and len(self.sizes) > 1 else None
-        error = (self if net is None else net)(x_t.to(x.dtype), t, y, clean) - v
-        return error.to(torch.promote_types(error.dtype, torch.float32)).square().mean()
+        clean = x.to(latent.dtype) if context == "clean" and len(self.sizes) > 1 else None
+        error = (self if net is None else net)(x_t.to(latent.dtype), t, y, clean) - v
+        return error.square().mean()
 
     # -- sampling
 
@@ -343,29 +346,39 @@ class XAR(nn.Module):
             raise ValueError("y must be class ids [B], or a number of images, 1 or more")
         if not 0 <= y.min() <= y.max() <= null:
             raise ValueError(f"labels {y.min()} ... {y.max()} must lie in 0 ... {null - 1}; {null} is no label")
-        y, B, done, cache, begin, training = y.to(device), len(y), [], None, 0, self.training
+        y, B, done, cache, begin = y.to(device), len(y), [], None, 0
         both = y if cfg_scale == 1 else torch.cat([y, torch.full_like(y, null)])
         times = lambda t, labels: torch.full((len(labels), 1), t, device=device,
                                              dtype=torch.promote_types(dtype, torch.float32))
-        self.eval()
-        for n, size in enumerate(self.sizes):
-            w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
-            rows = torch.arange(begin, begin + size, device=device)
-            labels = y if w == 1 else both                                  # w = 1: no evaluation without label
+        with eval_mode(self):
+            for n, size in enumerate(self.sizes):
+                w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
+                rows = torch.arange(begin, begin + size, device=device)
+                guided = len(both) > B and (n > 0 or M == 1)                # no evaluation without label where w = 1
+                labels = both if guided else y
 
-            def velocity(x, t):
-                x = x.to(dtype).repeat(len(labels) // B, 1, 1)
-                v = self.network(x, times(t, labels), labels, [size], rows, past=cache)[0].double()
-                return v if w == 1 else v[B:] + w * (v[:B] - v[B:])
-            x = randn(torch.empty(B, size, self.channels, dtype=torch.float64, device=device))
-            x = reverse_sde(velocity, x, num_steps, randn).to(dtype)
-            if n < M - 1:                                                   # it enters the cache once, at t = 0
-                twice = x.repeat(len(both) // B, 1, 1)
-                cache = self.network(twice, times(0.0, both), both, [size], rows, past=cache)[1]
-            done.append(x)
-            begin += size
-        self.train(training)
+                def velocity(x, t):
+                    x = x.to(dtype).repeat(len(labels) // B, 1, 1)
+                    v = self.network(x, times(t, labels), labels, [size], rows, past=cache)[0].double()
+                    return v[B:] + w * (v[:B] - v[B:]) if guided else v
+                x = randn(torch.empty(B, size, self.channels, dtype=torch.float64, device=device))
+                x = reverse_sde(velocity, x, num_steps, randn).to(dtype)
+                if n < M - 1:                                               # it enters the cache once, at t = 0
+                    twice = x.repeat(len(both) // B, 1, 1)
+                    cache = self.network(twice, times(0.0, both), both, [size], rows, past=cache)[1]
+                done.append(x)
+                begin += size
         return torch.cat(done, dim=1)
+
+
+@contextmanager
+def eval_mode(model):
+    """Without dropout; afterwards as it was, also after an error."""
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
 
 
 def reverse_sde(velocity, x, num_steps, randn, start=1.0):
@@ -437,7 +450,8 @@ def _from_content(content, num_heads):
         raise ValueError(f"has width {D}, which is no published size: pass num_heads (--num-heads)")
     depth = lambda part: len({k.split(".")[1] for k in sd if k.startswith(f"{part}_blocks.")})
     model = XAR(told.get("grid") or math.isqrt(L), C, D, depth("encoder"), depth("decoder"), heads,
-                len(sd["class_emb.weight"]) - 1, told.get("entity", OFFICIAL_ENTITY), quantize_t=table is not None or bool(told.get("quantize_t")))
+                len(sd["class_emb.weight"]) - 1, told.get("entity", OFFICIAL_ENTITY),
+                quantize_t=table is not None or bool(told.get("quantize_t")))
     own = model.state_dict()
     shapes = [f"{k} {list(sd[k].shape)} instead of {list(w.shape)}"
               for k, w in own.items() if k in sd and sd[k].shape != w.shape]

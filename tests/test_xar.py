@@ -278,8 +278,11 @@ def test_loss_and_time_are_never_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         assert model.loss(x).dtype == torch.float32
         assert not torch.equal(*model.time_embed(torch.tensor([0.5, 0.501])))
-    half = small("cell:4").bfloat16()
-    seen = []
+    half, seen = small("cell:4").bfloat16(), []
+    one = half.loss(x.bfloat16(), noise=torch.ones(2, 64, 1), t=torch.full((2, 4), 0.5), context="clean")
+    noise = torch.ones(2, 64, 1) * 1.001                                    # bfloat16 would not see the difference
+    more = half.loss(x.bfloat16(), noise=noise, t=torch.full((2, 4), 0.5), context="clean")
+    assert one.dtype == torch.float32 and one != more
     half.time_embed.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
     assert half.sample(torch.arange(2), 2).dtype == torch.bfloat16 and set(seen) == {torch.float32}
     embed = xar.TimeEmbedder(32, quantize=True)
@@ -328,6 +331,10 @@ def test_sampling_leaves_no_trace():
     assert torch.equal(model.sample(y, 2, randn=recorded()[0]), expected)   # dropout is off, no cache is left over
     assert model.training and torch.equal(model.sample(y, 2, randn=recorded()[0]), expected)
     assert {k: m.__dict__.keys() for k, m in model.named_modules()} == {k: d.keys() for k, d in before.items()}
+    with pytest.raises(ZeroDivisionError):
+        model.sample(y, 2, randn=lambda like: 1 / 0)
+    assert model.training                                                   # also after an error
+    assert model.sample(y, 2, cfg_scale=1 + 1e-15).isfinite().all()         # guidance that rounds to none half-way
 
 
 def test_sampler_reaches_a_gaussian():
