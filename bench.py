@@ -3,6 +3,8 @@
     python bench.py sample                                                 a small width, minutes on two CPU cores
     python bench.py sample --device cuda --model xAR-B --batch-size 64     published widths
     python bench.py fid             against pytorch-fid and torch-fidelity (pip install them) and scipy's matrix root
+    python bench.py loader          packed data in sampler order, against mapped arrays; memory over an epoch
+    python bench.py train --device cuda --preset imagenet256-xl         training from packed data, before and after tau
 
 The contenders take turns, every figure is a median, and ratios are within one run: nothing compares two runs.
 """
@@ -17,9 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data
 import fid as fid_module
+import haste_train
+import packed
 import run
 import sit
+import teacher
 import xar
 
 
@@ -202,7 +208,117 @@ def others(home, weights, batch, device):
     return functions
 
 
-COMMANDS = {"sample": sample, "fid": fid}
+# ---- packed data
+
+def random_set(folder, count, size, channels=4, factor=8):
+    """A packed folder of random numbers: as large as a real one of so many images."""
+    about = dict(complete=True, rows=count, size=size, mirror=False, vae="none", fingerprint="none", channels=channels,
+                 latent_size=size // factor, scale=1.0, classes=[str(c) for c in range(1000)], skipped=[])
+    folder, rng = Path(folder), np.random.default_rng(0)
+    packed.begin(folder, about, [], rng.integers(0, 1000, count))
+    for name, (shape, dtype) in packed.layouts(about).items():
+        array = np.load(folder / f"{name}.npy", mmap_mode="r+")
+        for i in range(0, count if name in ("images", "moments") else 0, 1000):
+            part = array[i:i + 1000]
+            part[:] = rng.integers(0, 256, part.shape, dtype=np.uint8) if name == "images" else rng.random(
+                part.shape, dtype=np.float32)
+        array.flush()
+    return folder
+
+
+def resident():
+    """MiB of this process's memory; nan where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), float("nan"))
+
+
+def loader(argv):
+    parser = run.Parser("bench.py loader", description="Read packed data from the page cache, in sampler order.")
+    parser.add_argument("--count", type=int, default=20_000, help="samples of the set")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples of a batch")
+    parser.add_argument("--out", default="out/bench", help="folder for the set, which is deleted in the end")
+    args = parser.parse_args(argv)
+
+    class Mapped(packed.PackedSet):                                         # the straightforward version
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.images = np.load(Path(folder, "images.npy"), mmap_mode="r")
+            self.latents = np.load(Path(folder, "moments.npy"), mmap_mode="r")
+
+        def read(self, rows):
+            return torch.from_numpy(self.images[self.rows[rows]]), self.labels[rows]
+
+        def moments(self, rows):
+            return torch.from_numpy(self.latents[self.rows[rows]])
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        random_set(folder, args.count, args.size)
+        print(f"{args.count} samples of {args.size} pixels, batches of {args.batch_size}, from the page cache\n\n"
+              f"| reader | what | samples/s | MiB/s | resident MiB at 0, 25, 50, 75, 100 % of an epoch |\n"
+              f"|---|---|---|---|---|")
+        for images in (False, True):
+            for name, kind in (("packed.py", packed.PackedSet), ("mapped", Mapped)):
+                feed = data.batches(kind(folder), 0, 0, args.batch_size, wanted=lambda step: images)
+                batches, memory, start = args.count // args.batch_size, [resident()], time.perf_counter()
+                size = 0
+                for i in range(batches):
+                    batch = next(feed)
+                    size += sum(b.numel() * b.element_size() for b in batch if b is not None)
+                    if (i + 1) * 4 // batches > i * 4 // batches:
+                        memory.append(resident())
+                seconds = time.perf_counter() - start
+                feed.close()
+                print(f"| {name} | {'images and moments' if images else 'moments'} | "
+                      f"{batches * args.batch_size / seconds:,.0f} | {size / seconds / 2 ** 20:,.0f} | "
+                      f"{', '.join(f'{m:.0f}' for m in memory)} |", flush=True)
+
+
+def train(argv):
+    parser = run.Parser("bench.py train", description="haste_train.py on packed random data; more flags go to it.")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--preset", choices=[p for p in haste_train.PRESETS if p.startswith("imagenet")],
+                        default="imagenet256-b", help="of haste_train.py")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps; the guidance ends half-way")
+    parser.add_argument("--count", type=int, default=4000, help="images of the set")
+    parser.add_argument("--out", default="out/bench", help="folder for set and run, which are deleted in the end")
+    args, more = parser.parse_known_args(argv)                              # the rest goes to haste_train.py
+
+    size = haste_train.PRESETS[args.preset]["image_size"]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    waited, batch = [], run.Book.batch
+
+    def timed(self, feed, step):
+        start = time.perf_counter()
+        found = batch(self, feed, step)
+        waited.append(time.perf_counter() - start)
+        return found
+    run.Book.batch = timed
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        random_set(Path(folder, "set"), args.count, size)
+        torch.save(teacher.DINOv2().state_dict(), Path(folder, "teacher.pt"))              # the presets' ViT-B, random
+        haste_train.main(["--preset", args.preset, "--device", args.device, "--data", f"{folder}/set", "--steps",
+                          str(args.steps), "--stop", str(args.steps // 2), "--teacher-weights", f"{folder}/teacher.pt",
+                          "--out", f"{folder}/run", "--eval-every", "0", "--save-every", "0", "--log-every",
+                          str(max(1, args.steps // 20)), *more])
+        rows = run.read_log(Path(folder, "run", "log.jsonl"))
+        start = time.perf_counter()
+        saved = torch.load(Path(folder, "run", "ckpt.pt"), map_location="cpu", weights_only=True)
+        load, start = time.perf_counter() - start, time.perf_counter()
+        run.save_checkpoint(Path(folder, "again.pt"), saved)
+        save, gigabytes = time.perf_counter() - start, Path(folder, "again.pt").stat().st_size / 1e9
+    speed = lambda rows: statistics.median(r["images_per_s"] for r in rows[1:])             # the first one starts up
+    guided, free = [[r for r in rows if ("feature_loss" in r) == g] for g in (True, False)]
+    print(f"guided {speed(guided):.1f} images/s, free {speed(free):.1f} ({speed(free) / speed(guided):.2f} times); "
+          f"waited for data {1000 * statistics.median(waited):.2f} ms a step (median), {max(waited[1:]):.3f} s at most; "
+          f"checkpoint of {gigabytes:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s")
+    if torch.cuda.is_available():
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+
+
+COMMANDS = {"sample": sample, "fid": fid, "loader": loader, "train": train}
 
 
 def main(argv=None):

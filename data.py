@@ -1,6 +1,7 @@
 """Training images: the embedded digits, torchvision's small sets, folders of class folders; and the order they come in.
 
-    open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER) -> Data
+    open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER | PACKED) -> Data
+    python data.py prepare FOLDER PACKED        crops and encodes a folder of photographs once: packed.py
 
 A set answers `read(rows) -> images uint8 [b,C,H,W], labels int64 [b]`. Everything about the order is a pure function of
 (seed, step): nothing depends on the number of processes, and a resumed run needs only its step.
@@ -14,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ DIGITS_FILE, DIGITS_MAX, DIGITS_TRAIN = Path(__file__).with_name("digits.npz"), 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 NO_ARCHIVE = (OSError, KeyError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)     # what zip and numpy raise
 NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)            # what PIL raises for files it cannot read
+LONGEST = 100                                                               # of panoramas, in short sides
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -71,6 +75,13 @@ class Data:
     size: int          # side of an image in pixels
     channels: int      # 1 grey, 3 RGB
     classes: list      # names, in the order of the labels
+    packed: Optional[dict] = None  # packed sets: what data.json says (channels, latent_size, scale, vae, mirror ...)
+
+    @property
+    def shape(self):
+        """[C,h,w] of what a model learns to make: latents where there are any, else pixels."""
+        p = self.packed
+        return (p["channels"], p["latent_size"], p["latent_size"]) if p else (self.channels, self.size, self.size)
 
 
 # ---- sources
@@ -82,6 +93,9 @@ def open_data(source, image_size=None, root="out/data"):
     `root` is where torchvision's sets are kept once downloaded.
     """
     if source != "digits" and source not in TORCHVISION_SETS:
+        if Path(source, "data.json").is_file():
+            import packed
+            return packed.open_packed(source, image_size)
         return _folders(Path(source), image_size)
     data = _digits() if source == "digits" else _torchvision(source, root)
     if image_size not in (None, data.size):
@@ -115,27 +129,39 @@ def _torchvision(name, root):
     return Data(*arrays, arrays[0].images.shape[-1], arrays[0].images.shape[1], list(sets[0].classes))
 
 
+def class_folders(folder, flag="--data"):
+    """FOLDER/class/..., or FOLDER/train/class/... -> the folder of the classes, and their names, sorted."""
+    if not folder.is_dir():
+        sets = f" of images or from data.py prepare, and none of digits, {', '.join(TORCHVISION_SETS)}"
+        raise ValueError(f"{flag} {folder} is no folder" + (sets if flag == "--data" else ""))
+    top = folder / "train" if (folder / "train").is_dir() else folder
+    classes = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{flag} {folder} has no class folders: put each class's images into a folder of their own")
+    return top, classes
+
+
+def class_files(top, classes, flag="--data"):
+    """Files and labels of all images below the class folders, in a fixed order."""
+    found = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).rglob("*"))
+             if f.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise ValueError(f"{flag} {top}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
+    return zip(*found)
+
+
 def _folders(folder, size):
     """FOLDER/class/*.jpg, or FOLDER/train/class/... with FOLDER/test or FOLDER/val held out."""
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder} is no folder, and none of digits, {', '.join(TORCHVISION_SETS)}")
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    held = next((folder / n for n in ("test", "val") if train != folder and (folder / n).is_dir()), None)
-    classes = sorted(d.name for d in train.iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not classes:
-        raise ValueError(f"--data {folder} has no class folders: put each class's images into a folder of their own")
-    size = size or _common_size(train)
+    top, classes = class_folders(folder)
+    held = next((folder / n for n in ("test", "val") if top != folder and (folder / n).is_dir()), None)
+    size = size or _common_size(top)
 
     def scan(top):
-        found = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).rglob("*"))
-                 if f.suffix.lower() in IMAGE_SUFFIXES]
-        if not found:
-            raise ValueError(f"--data {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below {top}")
-        files, labels = zip(*found)
+        files, labels = class_files(top, classes)
         with ThreadPoolExecutor(8) as pool:                                 # headers: a bad file stops the run now
             list(pool.map(lambda f: open_image(f).close(), files))
         return FolderSet(files, labels, size)
-    return Data(scan(train), scan(held) if held else None, size, 3, classes)
+    return Data(scan(top), scan(held) if held else None, size, 3, classes)
 
 
 def _common_size(folder):
@@ -163,10 +189,13 @@ def open_image(path):
 
 def center_crop(image, size):
     """ADM's crop to RGB size x size (Dhariwal & Nichol 2021): halve while large, resize the short side, cut out."""
+    name = getattr(image, "filename", "image")
+    if max(image.size) > LONGEST * min(image.size):                         # enlarged, it would fill the memory
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {LONGEST} times as long as wide: "
+                         f"remove it")
     try:
         image = image.convert("RGB")                                        # decodes; grey, palette, CMYK and alpha too
     except NO_IMAGE as e:
-        name = getattr(image, "filename", "image")
         raise ValueError(f"{name} cannot be decoded ({e}): repair or remove it") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -296,17 +325,35 @@ def global_rows(length, seed, step, batch_size):
     return np.array([_epoch(length, seed, int(e))[i] for e, i in zip(at // length, at % length)])
 
 
-def batches(dataset, seed, start, batch_size, mine=slice(None), pin=False):
-    """Endless (images, labels): the rows `mine` of global batches start, start + 1, ...; one batch is read ahead."""
+def batches(dataset, seed, start, batch_size, mine=slice(None), pin=False, wanted=lambda step: True):
+    """Endless (images, moments, labels): the rows `mine` of global batches start, start + 1, ...; one is read ahead.
+
+    Only packed sets have moments; their images are None in steps where `wanted(step)` is false: nobody looks at them.
+    """
     def read(step):
-        batch = dataset.read(torch.from_numpy(global_rows(len(dataset), seed, step, batch_size)[mine]))
-        return [b.pin_memory() for b in batch] if pin else batch
+        rows = torch.from_numpy(global_rows(len(dataset), seed, step, batch_size)[mine])
+        moments = dataset.moments(rows) if hasattr(dataset, "moments") else None
+        images = dataset.read(rows)[0] if moments is None or wanted(step) else None
+        batch = images, moments, dataset.labels[rows]
+        return [b.pin_memory() if pin and b is not None else b for b in batch]
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(read, start)
         while True:
             start += 1
             batch, coming = coming.result(), ahead.submit(read, start)
             yield batch
+
+
+def mirror(images, mirrored):
+    """Mirror the images [b,C,H,W] (or None) for which mirrored [b] is true."""
+    return None if images is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def to_latents(moments, mirrored, noise, scale):
+    """A draw from the autoencoder's posterior: moments [b,V,2C,h,w], noise [b,C,h,w] -> scaled latents [b,C,h,w]."""
+    views = mirrored.long() if moments.shape[1] == 2 else torch.zeros_like(mirrored, dtype=torch.long)
+    mean, std = moments[torch.arange(len(moments), device=moments.device), views].float().chunk(2, dim=1)
+    return scale * (mean + std * noise)
 
 
 def to_rgb(images):
@@ -337,9 +384,13 @@ def save_grid(images, path, columns, zoom=None):
     Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.NEAREST).save(path)
 
 
-def save_images(images, path, columns):
-    """uint8 [B,C,H,W] -> a grid (.png), or all of them as `arr_0` [B,H,W,3], ADM's layout (.npz)."""
-    if Path(path).suffix.lower() == ".png":
-        return save_grid(images, path, columns)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, arr_0=to_rgb(images).permute(0, 2, 3, 1).cpu().numpy())
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["prepare"]:
+        raise SystemExit("data.py: say what to do: python data.py prepare FOLDER OUT (--help lists the flags)")
+    import packed
+    packed.main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,19 @@
 
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import fid
+import packed
 import run
 import sit
-from data import save_grid, to_uint8
+from data import NO_ARCHIVE, ImageArchive, save_grid, to_rgb, to_uint8
 
 
 def reference(images, most=10_000):
@@ -33,15 +40,117 @@ def sample_sit(model, rows, num_steps, cfg_scale, seed):
     return sit.sample_ode(model, noise, (rows % model.num_classes).to(device), num_steps, cfg_scale)
 
 
-def draw_samples(model, num, num_steps, cfg_scale, seed, processes, autocast, batch=256, sample=sample_sit):
-    """uint8 [num,C,H,W], shared among the processes."""
+def decoder(packed_from, source, channels, device):
+    """The function that turns a model's samples [b,C,h,w] into pixels in [-1, 1]; for models of pixels it does nothing.
+
+    source: --vae, where given; packed_from: what is known of the autoencoder that made the training latents (dict with
+    "vae" and "fingerprint", or nothing). Raises ValueError or OSError, one line.
+    """
+    if not packed_from and source is None and channels in (1, 3):
+        return lambda x: x
+    import vae
+    name = source or (packed_from or {}).get("vae") or vae.USUAL.get(channels)
+    if name is None:
+        raise ValueError(f"--vae must name the autoencoder's file, for latents of {channels} channels")
+    net = vae.load_vae(name).to(device)
+    if net.z_channels != channels:
+        raise ValueError(f"--vae {name} has latents of {net.z_channels} channels, the model's have {channels}")
+    if packed_from and packed.fingerprint(net) != packed_from["fingerprint"]:
+        raise ValueError(f"--vae {name} is not the autoencoder that the training data was prepared with "
+                         f"({packed_from['vae']}): name that one")
+
+    def decode(z):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return net.decode(z.float() / net.scale)
+    return decode
+
+
+def draw_samples(num, draw, processes, batch=256):
+    """uint8 [num,C,H,W] on the CPU, shared among the processes; draw(rows [b]) -> uint8 [b,C,H,W]."""
     share = -(-num // processes.world)
     index = torch.arange(processes.rank * share, (processes.rank + 1) * share)
-    out = []
-    for rows in index.split(batch):
-        with autocast:
-            out.append(to_uint8(sample(model, rows, num_steps, cfg_scale, seed)))
-    return processes.gather(torch.cat(out))[:num].cpu()
+    return processes.gather(torch.cat([draw(rows) for rows in index.split(batch)]))[:num].cpu()
+
+
+def write_samples(path, num, draw, labels_of, batch, processes, settings, columns):
+    """Samples 0 ... num - 1 to PATH: a grid (.png), or all of them (.npz) and a grid of the first hundred beside it.
+
+    The .npz has ADM's layout: arr_0 images uint8 [N,H,W,3], arr_1 labels [N]; and `settings`, a line that says what
+    they are. It is put together from parts in PATH.parts, each written whole: after a crash the same command goes on,
+    on any number of processes and with any batch. draw(rows) -> uint8 [b,C,H,W]; labels_of(rows) -> int64 [b].
+    """
+    path, settings = Path(path), json.dumps(settings, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
+        images = draw_samples(num, draw, processes, batch)
+        if processes.main:
+            save_grid(images, path, columns)
+        return processes.print(f"{path}: {num} samples")
+    parts = path.with_name(path.name + ".parts")
+    todo = processes.share(lambda: to_do(path, parts, num, settings))
+    if todo is None:
+        return processes.print(f"{path} holds these {num} samples already: delete it to draw them anew")
+    rows_of_parts = [rows for neighbours in np.split(todo, np.flatnonzero(np.diff(todo) > 1) + 1)
+                     for rows in np.split(neighbours, range(batch, len(neighbours), batch)) if len(rows)]
+    progress = run.Progress(len(todo), processes)
+    for rows in rows_of_parts[processes.rank::processes.world]:
+        images = to_rgb(draw(torch.from_numpy(rows))).permute(0, 2, 3, 1).cpu().numpy()
+        with run.atomic(parts / f"{rows[0]:08d}.npy") as f:
+            np.save(f, images)
+        progress.add(len(rows))
+    if processes.world > 1:
+        torch.distributed.barrier()
+    if processes.main:
+        join(path, parts, labels_of(torch.arange(num)).numpy(), settings)
+        save_grid(ImageArchive(path)[:100], path.with_suffix(".png"), columns)
+    processes.print(f"{path}: {num} samples; {progress}")
+
+
+def to_do(path, parts, num, settings):
+    """Indices that no part holds yet; None where PATH is there already, with the same settings."""
+    if path.exists() and not parts.exists():
+        try:
+            with np.load(path) as f:
+                if "settings" in f.files and str(f["settings"]) == settings and len(f["arr_1"]) == num:
+                    return None
+        except (ValueError, *NO_ARCHIVE):
+            pass                                                            # something else: it is replaced in the end
+    told, done = parts / "settings.json", np.zeros(num, bool)
+    if told.exists() and told.read_text() != settings:
+        now, was = json.loads(settings), json.loads(told.read_text())
+        changed = ", ".join(f"{k} {now.get(k)} (was {was.get(k)})" for k in now if now.get(k) != was.get(k))
+        raise ValueError(f"{parts} holds a part of other samples: {changed}. Give the same flags to go on, or delete "
+                         f"that folder")
+    parts.mkdir(exist_ok=True)
+    told.write_text(settings)
+    for file in parts.glob("*.npy"):
+        try:
+            done[int(file.stem):][:len(np.load(file, mmap_mode="r"))] = True
+        except ValueError:                                                  # a disk's fault: draw it once more
+            file.unlink()
+    return np.flatnonzero(~done)
+
+
+def join(path, parts, labels, settings):
+    """The parts, one after another, as an .npz: never more than one of them in memory."""
+    files = sorted(parts.glob("*.npy"))
+    header = dict(descr="|u1", fortran_order=False, shape=(len(labels), *np.load(files[0], mmap_mode="r").shape[1:]))
+    with run.atomic(path) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for file in files:
+                member.write(np.load(file)[:max(0, len(labels) - int(file.stem))].tobytes())
+        for name, array in (("arr_1", labels), ("settings", np.array(settings))):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    shutil.rmtree(parts)
+
+
+def to_bytes(x, how="round"):
+    """Samples in [-1, 1] -> uint8. Raises ValueError where they are not finite: black images would hide it."""
+    if not x.isfinite().all():
+        raise ValueError("samples are not finite: the checkpoint's weights are not, or --precision fp32 is needed")
+    return to_uint8(x, how)
 
 
 def frechet(a, b):

@@ -1,7 +1,7 @@
 """Train SiT plainly, with REPA, or with HASTE: guided by a frozen teacher first, set free by early termination.
 
-    python haste_train.py                                         HASTE on digits, under four minutes on two CPU cores
-    torchrun --nproc_per_node=8 haste_train.py --preset cifar10   one process a GPU
+    python haste_train.py                                   HASTE on digits, under four minutes on two CPU cores
+    torchrun --nproc_per_node=8 haste_train.py --preset imagenet256-xl --data PACKED        one process a GPU
 
 Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
 Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
@@ -29,16 +29,18 @@ import evaluate
 import run
 import sit
 import teacher as teacher_module
-from data import to_pixels, to_rgb
+from data import to_latents, to_pixels, to_rgb, to_uint8
 
 
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, or a folder of class folders
+    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, a folder of class folders, or of data.py prepare
     image_size: Optional[int] = None  # side to which a folder's images are cropped; needed for photographs
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
+    latent_channels: Optional[int] = None  # channels that packed latents must have: 4 of SD, 16 of KL-16; None is any
+    vae: Optional[str] = None  # decoder of packed data's samples, sd-ema, sd-mse or a file; None is the data's own
     # the model
     model: str = "SiT-Ti/2"  # a size of sit.SIT_CONFIGS: SiT-Ti, S, B, L or XL, with patch 1, 2, 4 or 8
     depth: Optional[int] = None  # number of blocks, where it is not the size's own
@@ -90,7 +92,12 @@ class Config:
     eval_cfg: float = 1.0  # guidance scale of an evaluation
 
 
-FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "cache", "data_root", "accumulate")
+FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "cache", "data_root", "accumulate",
+        "vae")
+# ImageNet, packed: the papers' settings, which are the same for all sizes
+IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14", feature_weight=0.5,
+                attention_weight=0.5, projector_dim=2048, batch_size=256, lr=1e-4, warmup=0, ema=0.9999, log_every=100,
+                save_every=10_000, eval_every=50_000, eval_samples=1000, eval_steps=50)
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
@@ -98,6 +105,13 @@ PRESETS = {
                     attention_weight=0.5, projector_dim=2048, stop="20000", steps=50_000, batch_size=256, lr=3e-4,
                     warmup=1000, ema=0.9995, log_every=100, save_every=5000, eval_every=5000, eval_samples=2000,
                     eval_steps=50),
+    "imagenet256-b": dict(IMAGENET, model="SiT-B/2", stop="100000", steps=400_000),
+    "imagenet256-l": dict(IMAGENET, model="SiT-L/2", stop="250000", steps=400_000),
+    "imagenet256-xl": dict(IMAGENET, model="SiT-XL/2", stop="250000", steps=500_000),       # 100 epochs: FID 5.3
+    "imagenet256-xl-repa": dict(IMAGENET, model="SiT-XL/2", align="repa", stop="never", steps=4_000_000),       # 5.9
+    "imagenet256-xl-plain": dict(IMAGENET, model="SiT-XL/2", align="none", steps=7_000_000),                    # 8.3
+    "imagenet512-xl": dict(IMAGENET, data="out/imagenet512", image_size=512, model="SiT-XL/2", stop="300000",
+                           steps=500_000),                                  # 1,024 tokens, teacher at 448 pixels
 }
 
 # HASTE's layer map: feature depth, feature depth of REPA alone, and student <- teacher pairs,
@@ -230,8 +244,9 @@ def layer_map(cfg, teacher_depth=None):
 
 def make_teacher(cfg, images, grid, processes):
     """The frozen teacher, with its position embedding on the student's token grid."""
-    def trained(most=50_000):
-        rows = torch.arange(0, len(images.train), -(-len(images.train) // most))            # every row of a small set
+    def trained(most=2 ** 31):
+        share = min(len(images.train), 50_000, most // (3 * images.size ** 2))              # all of a small set
+        rows = torch.arange(0, len(images.train), -(-len(images.train) // share))
         pixels, labels = images.train.read(rows)
         return teacher_module.train_small(to_rgb(pixels), labels, grid, steps=cfg.teacher_steps, cache=cfg.cache,
                                           device=processes.device).cpu()
@@ -242,8 +257,11 @@ def make_teacher(cfg, images, grid, processes):
     return net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
 
 
-def draw(cfg, step, shape, device):
-    """All that is random in a step, for the global batch [B,C,h,w]: eps like it, t [B], dropped [B], mirrored [B]."""
+def draw(cfg, step, shape, device, packed=False):
+    """All that is random in a step, for the global batch [B,C,h,w]: eps like it, t [B], dropped [B], mirrored [B].
+
+    And the noise of the autoencoder's posterior, where the data is packed: like eps, else empty.
+    """
     g, B = run.seeded(device, cfg.seed, 0, step), shape[0]
     eps = torch.randn(shape, generator=g, device=device)
     u = torch.rand(B, generator=g, device=device)
@@ -251,7 +269,8 @@ def draw(cfg, step, shape, device):
         s = torch.randn(B, generator=g, device=device).exp()
         u = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
     dropped, mirrored = torch.rand(2, B, generator=g, device=device)
-    return eps, u, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0)
+    posterior = torch.randn(shape if packed else (B, 0), generator=g, device=device)
+    return eps, u, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0), posterior
 
 
 # ---- the automatic end of the guidance
@@ -278,9 +297,13 @@ def held_cosine(model, images, targets_of, pairs, cfg, processes, autocast):
     g = run.seeded("cpu", cfg.seed, 1)
     rows = torch.randperm(len(images.train), generator=g)[:64]
     pixels, y = (b.to(processes.device) for b in images.train.read(rows))
-    eps, targets = torch.randn(pixels.shape, generator=g).to(processes.device), targets_of(pixels)
+    eps, targets = torch.randn(len(rows), *images.shape, generator=g).to(processes.device), targets_of(pixels)
+    x = to_pixels(pixels)
+    if images.packed:
+        posterior, mirrored = torch.randn(eps.shape, generator=g), torch.zeros(len(rows), dtype=torch.bool)
+        x = to_latents(images.train.moments(rows), mirrored, posterior, images.packed["scale"]).to(processes.device)
     with autocast:
-        cosine = gradient_cosine(model, to_pixels(pixels), eps, y, targets, pairs, cfg)
+        cosine = gradient_cosine(model, x, eps, y, targets, pairs, cfg)
     return processes.mean(cosine).item()
 
 
@@ -292,21 +315,24 @@ def prepare(cfg, saved, processes):
     Returns images, teacher (None without guidance), pairs, student, arch (SiT's arguments) and tau.
     """
     images = processes.first(lambda: data_module.open_data(cfg.data, cfg.image_size, cfg.data_root))
-    patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
+    (channels, side, _), patch = images.shape, sit.SIT_CONFIGS[cfg.model]["patch_size"]
     if len(images.train) < 2:
         raise ValueError(f"--data {cfg.data} holds fewer than two training images")
-    if images.size % patch:
-        raise ValueError(f"--image-size {images.size} must be a multiple of {patch}, the patch of --model {cfg.model}")
+    if side % patch:
+        raise ValueError(f"--image-size {images.size} must be a multiple of {images.size // side * patch} "
+                         f"({'VAE ' + str(images.size // side) + ' x ' if images.packed else ''}patch {patch} of "
+                         f"--model {cfg.model})")
+    run.check_data(cfg, images, saved, input_size=side, in_channels=channels)
     if saved:
         start, tau, arch = saved["steps"], saved["tau"], saved["arch"]
     else:
         start, tau = 0, 0 if cfg.align == "none" else math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
-        arch = dict(input_size=images.size, patch_size=patch, in_channels=images.channels, depth=cfg.depth,
+        arch = dict(input_size=side, patch_size=patch, in_channels=channels, depth=cfg.depth,
                     hidden_size=cfg.hidden_size, num_heads=cfg.num_heads, num_classes=len(images.classes),
                     qk_norm=cfg.qk_norm, projector_dim=cfg.projector_dim)
     teacher, pairs = None, []
     if start < tau:
-        teacher = make_teacher(cfg, images, images.size // patch, processes)
+        teacher = make_teacher(cfg, images, side // patch, processes)
         feature_depth, pairs = layer_map(cfg, teacher.depth)
         arch |= dict(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
     torch.manual_seed(cfg.seed)
@@ -325,14 +351,17 @@ def train(cfg, processes, stop):
             return
         images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
         sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
+        decode = cfg.eval_every and processes.first(lambda: evaluate.decoder(images.packed, cfg.vae, images.shape[0],
+                                                                             processes.device))
     device, world, autocast = processes.device, processes.world, run.autocast(cfg.precision, processes.device)
-    book = run.Book(cfg, saved, student, processes, stop, arch=arch, tau=tau, code=code)
+    book = run.Book(cfg, saved, student, processes, stop, arch=arch, tau=tau, code=code, packed_from=images.packed)
     del saved
     share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
     mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
-    shape = (cfg.batch_size, images.channels, images.size, images.size)
+    shape, packed = (cfg.batch_size, *images.shape), images.packed
     grid, null = student.model.grid, student.model.num_classes
-    feed = data_module.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda")
+    feed = data_module.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda",
+                               wanted=lambda step: step < book.content["tau"])              # the teacher looks at them
     size = sum(p.numel() for p in student.model.parameters()) / 1e6
     processes.print(f"{cfg.model}, {size:.1f} M parameters, {grid} x {grid} tokens; align {cfg.align}; "
                     f"{world} process(es) on {device.type}, {run.precision(cfg.precision, device)}")
@@ -342,8 +371,10 @@ def train(cfg, processes, stop):
             return teacher(teacher_module.preprocess(to_rgb(pixels), grid), [t for _, t in pairs])
 
     def look():                                                             # an evaluation's numbers for the log
-        samples = evaluate.draw_samples(student.ema, cfg.eval_samples, cfg.eval_steps, cfg.eval_cfg, cfg.seed,
-                                        processes, autocast)
+        def sampled(rows):
+            with autocast:
+                return to_uint8(decode(evaluate.sample_sit(student.ema, rows, cfg.eval_steps, cfg.eval_cfg, cfg.seed)))
+        samples = evaluate.draw_samples(cfg.eval_samples, sampled, processes)
         if not processes.main:
             return {}
         evaluate.sample_sheet(samples, null, book.out / "samples.png")
@@ -362,10 +393,10 @@ def train(cfg, processes, stop):
 
         # batch: everything random is drawn for the global batch, and sliced
         with run.one_line("haste_train.py"):
-            pixels, y = book.batch(feed, step)
-        eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, shape, device))
-        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        x, y = to_pixels(pixels), torch.where(dropped, null, y)
+            pixels, moments, y = book.batch(feed, step)
+        eps, t, dropped, mirrored, posterior = (r[mine] for r in draw(cfg, step, shape, device, packed))
+        pixels, y = data_module.mirror(pixels, mirrored), torch.where(dropped, null, y)
+        x = to_latents(moments, mirrored, posterior, packed["scale"]) if packed else to_pixels(pixels)
 
         # forward and backward, in `accumulate` parts
         sums, exact = {}, book.logging(step) or bool(extra)
@@ -397,7 +428,7 @@ def main(argv=None):
     with run.one_line("haste_train.py"):
         processes = run.Processes(cfg.device)
     try:
-        with run.StopSignal(processes) as stop:
+        with run.StopSignal(processes) as stop, run.one_line("haste_train.py", OSError):    # a full disk, in mid-run
             train(cfg, processes, stop)
     finally:
         processes.close()

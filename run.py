@@ -73,11 +73,11 @@ def parse(config, argv=None, prog=None, description=None, presets=None):
 
 
 @contextmanager
-def one_line(program):
+def one_line(program, errors=(ValueError, OSError)):
     """Bad input, which raises ValueError or OSError, ends the program with one line instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError) as e:
+    except errors as e:
         raise SystemExit(f"{program}: {e}") from None
 
 
@@ -107,6 +107,32 @@ def check(cfg, world, least_one=(), least_zero=()):
     need(cfg, cfg.batch_size % parts == 0, "batch_size", f"must be a multiple of {parts} (processes x --accumulate)")
     for name in ("depth", "hidden_size", "num_heads", "image_size"):
         need(cfg, getattr(cfg, name) is None or getattr(cfg, name) >= 1, name, "must be 1 or more")
+
+
+def check_data(cfg, images, saved, **arch):
+    """Refuse a data.Data that does not fit the flags, or the checkpoint that is gone on from (a dict, or None).
+
+    `arch` is what the data says of the model, under the names that the checkpoint's "arch" has for it.
+    """
+    packed = images.packed
+    if packed is None:
+        need(cfg, cfg.latent_channels is None, "latent_channels", f"is for packed data, and --data {cfg.data} is not: "
+             f"run data.py prepare on the photographs and name its folder")
+    else:
+        need(cfg, cfg.latent_channels in (None, packed["channels"]), "latent_channels",
+             f"is not what --data {cfg.data} has, {packed['channels']} (--vae {packed['vae']}): prepare it with the "
+             f"other autoencoder")
+        need(cfg, packed["mirror"] or not cfg.mirror, "mirror", f"needs the mirror images' latents, and --data "
+             f"{cfg.data} has none: give --no-mirror, or prepare it with --mirror")
+    if saved:
+        was, now = saved["arch"], {**arch, "num_classes": len(images.classes)}
+        wrong = ", ".join(f"{k} {v} (was {was[k]})" for k, v in now.items() if was[k] != v)
+        before = saved.get("packed_from")
+        if packed and before and packed["fingerprint"] != before["fingerprint"]:
+            wrong = wrong or f"another autoencoder, {packed['vae']} (was {before['vae']})"
+        if wrong:
+            raise ValueError(f"--data {cfg.data} is not what the checkpoint was trained on: {wrong}. Put that data "
+                             f"back, or start anew with another --out")
 
 
 # ---- processes
@@ -202,6 +228,27 @@ class Processes:
     def print(self, *words):
         if self.main:
             print(*words, flush=True)
+
+
+class Progress:
+    """A line every ten seconds about how far all processes have come; each is taken to be as fast as the first."""
+
+    def __init__(self, total, processes, every=10):
+        self.total, self.processes, self.every = total, processes, every
+        self.done, self.start = 0, time.perf_counter()
+        self.told = self.start
+
+    def add(self, n):
+        self.done, now = self.done + n, time.perf_counter()
+        if now - self.told > self.every:
+            self.told = now
+            self.processes.print(f"{self}")
+
+    def __str__(self):
+        done, seconds = min(self.total, self.done * self.processes.world), time.perf_counter() - self.start
+        left = (self.total - done) * seconds / max(1, done)
+        left = f", {left / 3600:.1f} h left" if left > 7200 else f", {left / 60:.0f} min left" if left > 0 else ""
+        return f"{done:,} of {self.total:,} images, {done / seconds:.3g} images/s{left}"
 
 
 class StopSignal:
@@ -338,13 +385,30 @@ def atomic(path):
 
 
 def save_checkpoint(path, content):
-    with atomic(path) as f:
-        torch.save(content, f)
+    """Raises OSError where the disk is full, say; the file that was there before stays."""
+    try:
+        with atomic(path) as f:
+            torch.save(content, f)
+    except (OSError, RuntimeError) as e:                                    # torch wraps what the disk says
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path} could not be written ({cause.strerror}): the one before, if any, is kept; make room, "
+                      f"and the same command goes on from there") from None
 
 
 def code_hash(*modules):
     """Fingerprint of the source of modules: a checkpoint remembers which code it came from."""
     return hashlib.sha256("".join(inspect.getsource(m) for m in modules).encode()).hexdigest()[:16]
+
+
+def weights_hash(model, only=""):
+    """Fingerprint of the weights whose names match the pattern `only`."""
+    h = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        if re.match(only, name):
+            h.update(name.encode() + w.detach().float().cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
 
 
 CONTENT = {"model", "ema", "opt", "args", "arch", "steps", "seconds", "code"}              # of a checkpoint, at least
@@ -425,12 +489,17 @@ class Log:
         if self.main:
             kept = [r for r in read_log(path) if r["step"] <= step] if step else []
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            with atomic(self.path) as f:
+                f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def write(self, row):
         if self.main:
-            with self.path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a") as f:
+                    f.write(json.dumps(row) + "\n")
+            except OSError as e:
+                raise OSError(f"{self.path} could not be written ({e.strerror}): make room, and the same command goes "
+                              f"on from the last checkpoint") from None
             shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in self.NOT_PRINTED)
             print(f"step {row['step']:6d}  {shown}", flush=True)
 
@@ -479,7 +548,7 @@ class Book:
     def batch(self, feed, step):
         """The next batch on the device. A bad image (ValueError, OSError) ends the run but loses no step."""
         try:
-            return [b.to(self.processes.device, non_blocking=True) for b in next(feed)]
+            return [b if b is None else b.to(self.processes.device, non_blocking=True) for b in next(feed)]
         except (ValueError, OSError):
             if self.processes.world == 1 and step > self.start:
                 self.finite.require()

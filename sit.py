@@ -348,6 +348,7 @@ def _unwrap(content):
     as_dict = lambda x: vars(x) if isinstance(x, argparse.Namespace) else x if isinstance(x, dict) else {}
     content = as_dict(content)
     sd, told = as_dict(content.get("ema", content)), {**as_dict(content.get("args")), **as_dict(content.get("arch"))}
+    told["packed_from"] = content.get("packed_from")
     if "x_embedder.proj.weight" not in sd:
         raise ValueError("holds no SiT (no tensor named x_embedder.proj.weight)")
     if any(k.startswith("decoder_blocks.") for k in sd):                    # REPA's older names
@@ -381,6 +382,7 @@ def load_sit(path, num_heads=None):
         load_strictly(model, sd)
         path_type = str(told.get("path_type") or told.get("path")).lower()
         model.path = "cosine" if path_type in ("cosine", "gvp") else "linear"   # ours and REPA's files say it
+        model.packed_from = told.get("packed_from")                         # ours: the autoencoder of the latents
     except KeyError as e:
         raise ValueError(f"{path}: the SiT in it has no tensor {e}") from None
     except ValueError as e:
@@ -419,45 +421,53 @@ def main(argv=None):
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint cannot tell")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
+    parser.add_argument("--vae", help="decoder of latents: sd-ema, sd-mse or a file; else what the checkpoint says")
     parser.add_argument("--out", default="out/grid.png", help="a picture (.png), or all images for fid.py (.npz)")
     args = parser.parse_args(argv)
     with run.one_line("sit.py"):
-        if not args.out.lower().endswith((".png", ".npz")):
-            raise ValueError(f"--out {args.out} must end in .png or .npz")
+        run.need(args, args.out.lower().endswith((".png", ".npz")), "out", "must end in .png or .npz")
         if not args.interval[0] <= args.interval[1]:
             raise ValueError(f"--interval {args.interval[0]} {args.interval[1]} must be low, then high")
         for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
-            if getattr(args, name) is not None and getattr(args, name) < least:
-                raise ValueError(f"{run.flag(name)} {getattr(args, name)} must be {least} or more")
-        sample_images(args, run.Processes(args.device).device)
-
-
-def sample_images(args, device):
-    import data
-    model = load_sit(args.ckpt, args.num_heads).to(device)
-    if model.in_channels not in (1, 3):
-        raise ValueError(f"--ckpt {args.ckpt} makes latents of {model.in_channels} channels, and this program draws "
-                         f"pixels only: use load_sit and sample_sde from Python, and decode with the autoencoder")
+            value = getattr(args, name)
+            run.need(args, value is None or value >= least, name, f"must be {least} or more")
+        processes = run.Processes(args.device)
     try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = iter
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    images, shape = [], (model.in_channels, model.input_size, model.input_size)
-    for rows in tqdm(torch.arange(args.num).split(args.batch_size)):
+        with run.one_line("sit.py"):
+            sample_images(args, processes)
+    finally:
+        processes.close()
+
+
+def sample_images(args, processes):
+    import evaluate
+    import run
+    device = processes.device
+    model = load_sit(args.ckpt, args.num_heads).to(device)
+    decode = processes.first(lambda: evaluate.decoder(model.packed_from, args.vae, model.in_channels, device))
+    shape, path = (model.in_channels, model.input_size, model.input_size), args.path or model.path
+    autocast = run.autocast(args.precision, device)
+
+    def labels_of(rows):
+        if args.labels == "balanced":
+            return rows % model.num_classes
+        return torch.tensor([np.random.default_rng([args.seed, int(i), 1]).integers(model.num_classes) for i in rows])
+
+    def draw(rows):
         randn, x = indexed_noise(args.seed, rows, shape)
-        y = rows % model.num_classes
-        if args.labels == "random":
-            y = torch.tensor([np.random.default_rng([args.seed, int(i), 1]).integers(model.num_classes) for i in rows])
-        kwargs = dict(num_steps=args.steps, cfg_scale=args.cfg, cfg_interval=args.interval)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        start, kwargs = (x.to(device), labels_of(rows).to(device)), dict(num_steps=args.steps, cfg_scale=args.cfg,
+                                                                         cfg_interval=args.interval)
+        with autocast:
             if args.sampler == "sde":
-                x = sample_sde(model, x.to(device), y.to(device), path=args.path or model.path, randn=randn, **kwargs)
+                x = sample_sde(model, *start, path=path, randn=randn, **kwargs)
             else:
-                x = sample_ode(model, x.to(device), y.to(device), heun=args.sampler == "heun", **kwargs)
-        images.append(data.to_uint8(x, args.to_uint8).cpu())
-    data.save_images(torch.cat(images), args.out, columns=10 if args.labels == "random" else min(10, model.num_classes))
-    print(f"{args.out}: {args.num} samples, {args.sampler.upper()} with {args.steps} steps, guidance {args.cfg:g}")
+                x = sample_ode(model, *start, heun=args.sampler == "heun", **kwargs)
+        return evaluate.to_bytes(decode(x), args.to_uint8)
+    settings = {**{k: getattr(args, k) for k in ("cfg", "interval", "sampler", "steps", "labels", "to_uint8", "seed")},
+                "path": path, "precision": run.precision(args.precision, device), "vae": args.vae,
+                "weights": processes.main and run.weights_hash(model)}
+    columns = 10 if args.labels == "random" else min(10, model.num_classes)
+    evaluate.write_samples(args.out, args.num, draw, labels_of, args.batch_size, processes, settings, columns)
 
 
 if __name__ == "__main__":

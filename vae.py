@@ -22,6 +22,7 @@ import torch.nn.functional as F
 VAE_URL = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.safetensors"
 WIDTH, BLOCKS, GROUPS, EPS = 128, 2, 32, 1e-6                               # of LDM's network, in all published files
 SCALES = {4: 0.18215, 16: 0.2325}                                           # latents of models have about unit variance
+USUAL = {4: "sd-ema"}                                                       # by channels, where nothing else is known
 PIXELS_AT_ONCE = 2 ** 21                                                    # decoded together: 32 images of 256 x 256
 
 

@@ -2,7 +2,7 @@
 
     python xar.py train                                          next-cell on digits, minutes on two CPU cores: out/xar
     python xar.py sample --ckpt out/xar/ckpt.pt --cfg 1.5        draws a grid of samples: out/xar/grid.png
-    torchrun --nproc_per_node=8 xar.py train --preset cifar10    one process a GPU
+    torchrun --nproc_per_node=8 xar.py train --preset imagenet256-b --data PACKED        one process a GPU
 
 Paper: xAR, "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (Ren et al. 2025, arXiv
 2502.20388); its stochastic sampler is SiT's (Ma et al. 2024, 2401.08740).
@@ -430,7 +430,10 @@ def load_xar(path, num_heads=None):
         raise ValueError(f"{path} is not a readable checkpoint: cut short, or another format "
                          f"({type(e).__name__})") from None
     try:
-        return _from_content(content if isinstance(content, dict) else {}, num_heads).eval()
+        content = content if isinstance(content, dict) else {}
+        model = _from_content(content, num_heads).eval()
+        model.packed_from = content.get("packed_from")                      # ours: the autoencoder of the latents
+        return model
     except KeyError as e:
         raise ValueError(f"{path}: the xAR in it has no tensor {e}") from None
     except ValueError as e:
@@ -468,10 +471,12 @@ def _from_content(content, num_heads):
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, or a folder of class folders; a pixel is a token
+    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, a folder of class folders, or of data.py prepare
     image_size: Optional[int] = None  # side to which a folder's images are cropped; needed for photographs
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
+    latent_channels: Optional[int] = None  # channels that packed latents must have: 16 of KL-16; None is any
+    vae: Optional[str] = None  # decoder of packed data's samples, sd-ema, sd-mse or a file; None is the data's own
     # the model
     model: str = "xAR-Ti"  # a size of xar.XAR_CONFIGS: xAR-Ti, B, L or H
     depth: Optional[int] = None  # number of blocks, half encoder and half decoder, where it is not the size's own
@@ -510,13 +515,21 @@ class Config:
     eval_cfg: float = 1.0  # guidance scale of an evaluation
 
 
-FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "data_root", "accumulate")
+FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "data_root", "accumulate",
+        "vae")
+# ImageNet, packed with KL-16 and mirror images: the paper's 800 epochs of 1,281,167 images
+IMAGENET = dict(data="out/imagenet256-kl16", image_size=256, latent_channels=16, mirror=True, entity="cell:8",
+                dropout=0.1, attn_dropout=0.1, steps=500_456, batch_size=2048, lr=4e-4, lr_end=1e-5, ema=0.9999,
+                log_every=100, save_every=5000, eval_every=25_000, eval_samples=1000, eval_steps=40)
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 1,024 tokens in 16 cells, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, hidden_size=384, depth=12, num_heads=6, entity="cell:8", dropout=0.1,
                     attn_dropout=0.1, steps=50_000, batch_size=256, lr=4e-4, lr_end=1e-5, ema=0.9995, log_every=100,
                     save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=40),
+    "imagenet256-b": dict(IMAGENET, model="xAR-B"),                         # FID 1.72 with 40 steps, guidance 2.7
+    "imagenet256-l": dict(IMAGENET, model="xAR-L"),                         # 1.28 with 50 steps, 2.3
+    "imagenet256-h": dict(IMAGENET, model="xAR-H"),                         # 1.24 with 50 steps, 2.2
 }
 
 
@@ -542,7 +555,8 @@ def prepare(cfg, size, saved, processes):
     import data
     import run
     images = processes.first(lambda: data.open_data(cfg.data, cfg.image_size, cfg.data_root))
-    arch = saved["arch"] if saved else dict(size, grid=images.size, channels=images.channels, entity=cfg.entity,
+    run.check_data(cfg, images, saved, grid=images.shape[1], channels=images.shape[0])
+    arch = saved["arch"] if saved else dict(size, grid=images.shape[1], channels=images.shape[0], entity=cfg.entity,
                                             num_classes=len(images.classes), dropout=cfg.dropout,
                                             attn_dropout=cfg.attn_dropout)
     torch.manual_seed(cfg.seed)
@@ -564,19 +578,24 @@ def learning_rate(cfg, step):
         cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * falling)) / 2)
 
 
-def draw(cfg, step, model, device):
-    """All that is random in a step but dropout, for the global batch: eps [B,L,C], t [B,M], dropped, mirrored [B]."""
+def draw(cfg, step, model, device, packed=False):
+    """All that is random in a step but dropout, for the global batch: eps [B,L,C], t [B,M], dropped, mirrored [B].
+
+    And the noise of the autoencoder's posterior [B,C,h,w], where the data is packed, else empty.
+    """
     import run
     g, B = run.seeded(device, cfg.seed, 0, step), cfg.batch_size
     eps = torch.randn(B, sum(model.sizes), model.channels, generator=g, device=device)
     t = torch.randn(B, len(model.sizes), generator=g, device=device).sigmoid()
     dropped, mirrored = torch.rand(2, B, generator=g, device=device)
-    return eps, t, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0)
+    shape = (model.channels, model.grid, model.grid) if packed else (0,)
+    posterior = torch.randn(B, *shape, generator=g, device=device)
+    return eps, t, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0), posterior
 
 
-def indexed_sample(model, rows, num_steps, cfg_scale, seed, label=None):
-    """Images [b,C,h,w] of the indices `rows`: each one's noise depends on (seed, index) alone; labels in turn."""
-    y = rows % model.num_classes if label is None else torch.full_like(rows, label)
+def indexed_sample(model, rows, num_steps, cfg_scale, seed, y=None):
+    """Latents [b,C,h,w] of the indices `rows`: each one's noise depends on (seed, index) alone; y [b], or in turn."""
+    y = rows % model.num_classes if y is None else y
     return model.sample(y, num_steps, cfg_scale, indexed_randn(seed, rows))
 
 
@@ -599,12 +618,16 @@ def train(cfg, processes, stop):
             return
         images, student, arch = prepare(cfg, size, saved, processes)
         sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
+        decode = cfg.eval_every and processes.first(lambda: evaluate.decoder(images.packed, cfg.vae, images.shape[0],
+                                                                             processes.device))
     device, world, autocast = processes.device, processes.world, run.autocast(cfg.precision, processes.device)
-    book = run.Book(cfg, saved, student, processes, stop, arch=arch, code=code)
+    book, packed = run.Book(cfg, saved, student, processes, stop, arch=arch, code=code,
+                            packed_from=images.packed), images.packed
     del saved
     share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
     mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
-    feed = data.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda")
+    feed = data.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda",
+                        wanted=lambda step: False)                          # of packed data the moments alone
     model, null = student.model, student.model.num_classes
     processes.print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
                     f"{len(model.sizes)} entities ({cfg.entity}) of {sum(model.sizes)} tokens, {cfg.context} context; "
@@ -612,13 +635,17 @@ def train(cfg, processes, stop):
 
     def look():                                                             # an evaluation's numbers for the log
         how = cfg.eval_steps, cfg.eval_cfg, cfg.seed
-        samples = evaluate.draw_samples(student.ema, cfg.eval_samples, *how, processes, autocast, sample=indexed_sample)
+
+        def sampled(rows):
+            with autocast:
+                return data.to_uint8(decode(indexed_sample(student.ema, rows, *how)))
+        samples = evaluate.draw_samples(cfg.eval_samples, sampled, processes)
         if not processes.main:
             return {}
         evaluate.sample_sheet(samples, null, book.out / "samples.png")
         with autocast:
             frames, columns = growth(student.ema, *how)
-        data.save_grid(data.to_uint8(frames), book.out / "growth.png", columns)
+        data.save_grid(data.to_uint8(decode(frames)), book.out / "growth.png", columns)
         return evaluate.scores(samples, sets, null)
 
     for step in range(book.start, cfg.steps):
@@ -627,10 +654,10 @@ def train(cfg, processes, stop):
 
         # batch: everything random is drawn for the global batch, and sliced; but dropout is each process's own
         with run.one_line("xar.py"):
-            pixels, y = book.batch(feed, step)
-        eps, t, dropped, mirrored = (r[mine] for r in draw(cfg, step, model, device))
-        pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        x, y = data.to_pixels(pixels), torch.where(dropped, null, y)
+            pixels, moments, y = book.batch(feed, step)
+        eps, t, dropped, mirrored, posterior = (r[mine] for r in draw(cfg, step, model, device, packed))
+        pixels, y = data.mirror(pixels, mirrored), torch.where(dropped, null, y)
+        x = data.to_latents(moments, mirrored, posterior, packed["scale"]) if packed else data.to_pixels(pixels)
         torch.manual_seed(run.seeded("cpu", cfg.seed, 1, step, processes.rank).initial_seed())
 
         # forward and backward, in `accumulate` parts
@@ -662,7 +689,9 @@ def sample_images(argv):
     parser = run.Parser("xar.py sample", description="Sample images from a checkpoint.")
     parser.add_argument("--ckpt", default="out/xar/ckpt.pt", help="checkpoint of xar.py train")
     parser.add_argument("--num", type=int, default=100, help="number of images")
-    parser.add_argument("--label", type=int, help="class of all images; without it classes take turns")
+    parser.add_argument("--label", type=int, help="class of all images")
+    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="in turn, or by index")
+    parser.add_argument("--to-uint8", choices=("round", "truncate"), default="round", help="from [-1, 1] to 0 ... 255")
     parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale of the last entity; 1 is none")
     parser.add_argument("--steps", type=int, default=40, help="sampling steps of each entity")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) alone")
@@ -670,7 +699,8 @@ def sample_images(argv):
     parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint cannot tell")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA")
-    parser.add_argument("--out", default="out/xar/grid.png", help="a picture (.png), or arr_0 [N,H,W,3] uint8 (.npz)")
+    parser.add_argument("--vae", help="decoder of latents: sd-ema, sd-mse or a file; else what the checkpoint says")
+    parser.add_argument("--out", default="out/xar/grid.png", help="a picture (.png), or all images for fid.py (.npz)")
     args = parser.parse_args(argv)
     with run.one_line("xar.py"):
         if Path(args.out).suffix.lower() not in (".png", ".npz"):
@@ -687,21 +717,31 @@ def sample_images(argv):
 
 
 def draw_images(args, processes):
-    import data
     import evaluate
     import run
-    model = load_xar(args.ckpt, args.num_heads).to(processes.device)
-    if model.channels not in (1, 3):
-        raise ValueError(f"--ckpt {args.ckpt} makes latents of {model.channels} channels, and this program draws "
-                         f"pixels only: use load_xar and sample from Python, and decode with the autoencoder")
+    device = processes.device
+    model = load_xar(args.ckpt, args.num_heads).to(device)
     if args.label is not None and not 0 <= args.label < model.num_classes:
         raise ValueError(f"--label {args.label} must lie in 0 ... {model.num_classes - 1}, the model's classes")
-    images = evaluate.draw_samples(model, args.num, args.steps, args.cfg, args.seed, processes,
-                                   run.autocast(args.precision, processes.device), args.batch_size,
-                                   lambda *how: indexed_sample(*how, label=args.label))
-    if processes.main:
-        data.save_images(images, args.out, 10 if args.label is not None else min(10, model.num_classes))
-    processes.print(f"{args.out}: {args.num} samples, {args.steps} steps an entity, guidance {args.cfg:g}")
+    decode = processes.first(lambda: evaluate.decoder(model.packed_from, args.vae, model.channels, device))
+    autocast = run.autocast(args.precision, device)
+
+    def labels_of(rows):
+        if args.label is not None:
+            return torch.full_like(rows, args.label)
+        if args.labels == "balanced":
+            return rows % model.num_classes
+        return torch.tensor([np.random.default_rng([args.seed, int(i), 1]).integers(model.num_classes) for i in rows])
+
+    def draw(rows):
+        with autocast:
+            x = indexed_sample(model, rows, args.steps, args.cfg, args.seed, labels_of(rows))
+        return evaluate.to_bytes(decode(x), args.to_uint8)
+    settings = {**{k: getattr(args, k) for k in ("cfg", "steps", "label", "labels", "to_uint8", "seed", "vae")},
+                "precision": run.precision(args.precision, device),
+                "weights": processes.main and run.weights_hash(model)}
+    columns = 10 if args.label is not None or args.labels == "random" else min(10, model.num_classes)
+    evaluate.write_samples(args.out, args.num, draw, labels_of, args.batch_size, processes, settings, columns)
 
 
 def main(argv=None):
@@ -715,7 +755,7 @@ def main(argv=None):
     with run.one_line("xar.py"):
         processes = run.Processes(cfg.device)
     try:
-        with run.StopSignal(processes) as stop:
+        with run.StopSignal(processes) as stop, run.one_line("xar.py", OSError):            # a full disk, in mid-run
             train(cfg, processes, stop)
     finally:
         processes.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -14,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(GOLDEN)]
 import data  # noqa: E402
 import haste_train  # noqa: E402
 import teacher  # noqa: E402
+import vae  # noqa: E402
 import xar  # noqa: E402
 from fill import draw, fill_state_dict  # noqa: E402
 
@@ -69,6 +71,33 @@ def tiny_run(tmp_path, small_teacher):
     return call
 
 
+def tiny_vae(path, seed=0, ch_mult=(1, 1), channels=4):
+    """File of a small autoencoder of filled weights."""
+    net = vae.AutoencoderKL(ch_mult, channels)
+    torch.save(fill_state_dict(net.state_dict(), seed), path)
+    return path
+
+
+def photographs(folder, classes="abc", each=4, seed=0):
+    """Class folders of small smooth pictures of many shapes."""
+    rng = np.random.default_rng(seed)
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        for i in range(each):
+            coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+            coarse.resize((20 + 7 * i, 40 - 5 * i), Image.BICUBIC).save(folder / c / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tmp_path_factory):
+    """12 pictures of 16 x 16 pixels with latents [4,8,8], mirror images too."""
+    top = tmp_path_factory.mktemp("packed")
+    data.main(["prepare", str(photographs(top / "photos")), str(top / "set"), "--size", "16", "--mirror",
+               "--vae", str(tiny_vae(top / "vae.pt")), "--device", "cpu"])
+    return top / "set"
+
+
 TINY_XAR = ["train", "--depth", "2", "--hidden-size", "16", "--num-heads", "2", "--entity", "cell:4",
             "--batch-size", "8", "--steps", "4", "--lr", "0.02", "--ema", "0.5", "--log-every", "1",
             "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu", "--resume", "never"]
@@ -103,7 +132,6 @@ def same_weights(a, b, keys=("model", "ema", "opt")):
 @pytest.fixture
 def photo_folder(tmp_path):
     """Three classes of four 40 x 48 images, one grey, one with transparency, one with a suffix in capitals."""
-    from PIL import Image
     rng = np.random.default_rng(0)
     for c in "abc":
         (tmp_path / "photos" / c).mkdir(parents=True)

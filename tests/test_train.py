@@ -17,6 +17,7 @@ import haste_train
 import run
 import sit
 import teacher
+import test_packed
 
 
 # ---- every flag changes something
@@ -40,7 +41,7 @@ ELSEWHERE = {  # flags whose effect is no number of the run, and the test that s
     "teacher_steps": "test_teacher_flags", "cache": "test_teacher_flags", "out": "test_run_leaves_its_files",
     "resume": "test_resume_flag", "save_every": "test_checkpoints_are_written_when_asked",
     "compile": "test_compile_flag", "stop_interval": "test_automatic_stop", "stop_warmup": "test_automatic_stop",
-    "stop_threshold": "test_automatic_stop",
+    "stop_threshold": "test_automatic_stop", "latent_channels": "test_packed_flags", "vae": "test_packed_flags",
 }
 
 
@@ -54,7 +55,7 @@ def base_run(tmp_path_factory, small_teacher):
 def test_every_field_is_covered_commented_and_shown(capsys):
     fields = {f.name for f in dataclasses.fields(haste_train.Config)}
     assert fields == ALTERNATIVES.keys() | ELSEWHERE.keys() and not ALTERNATIVES.keys() & ELSEWHERE.keys()
-    assert all(name in globals() for name in ELSEWHERE.values())
+    assert all(name in globals() or hasattr(test_packed, name) for name in ELSEWHERE.values())
     with pytest.raises(SystemExit):
         haste_train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -483,12 +484,12 @@ def test_scores_of_real_and_of_memorised_digits():
 
 
 def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run, monkeypatch):
-    seen, draw = [], evaluate.draw_samples
+    seen, draw = [], evaluate.sample_sit
 
     def watched(model, *args):
         seen.append((model, model.training, [p.clone() for p in model.parameters()]))
         return draw(model, *args)
-    monkeypatch.setattr(evaluate, "draw_samples", watched)
+    monkeypatch.setattr(evaluate, "sample_sit", watched)
     rows, saved = tiny_run()
     model, training, weights = seen[-1]
     assert not training and all(torch.equal(w, saved["ema"][k]) for w, (k, _) in zip(weights, model.named_parameters()))
@@ -519,7 +520,7 @@ def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run,
     (["--batch-size", "9", "--accumulate", "2"], "--batch-size 9 must be a multiple of 2"),
     (["--hidden-size", "30", "--num-heads", "4"], "--hidden-size 30 must be a multiple of 4 and of --num-heads 4"),
     (["--image-size", "16"], "--image-size 16 does not fit --data digits"),
-    (["--data", "nowhere"], "--data nowhere is no folder, and none of digits, cifar10"),
+    (["--data", "nowhere"], "--data nowhere is no folder of images or from data.py prepare, and none of digits, cifar10"),
     (["--feature-depth", "9"], "--feature-depth 9 must lie in 1 ... 4"),
     (["--pairs", "9:1"], "--pairs 9:1: student blocks are 0 ... 3"),
     (["--teacher", "dino", "--teacher-weights", "x"], "teacher 'dino' is neither small nor one of dinov2_vits14"),
@@ -565,13 +566,13 @@ def test_bad_sampling(tmp_path, tiny_run):
     tiny_run()
     ckpt = tmp_path / "run" / "ckpt.pt"
     out = ["--device", "cpu", "--num", "4", "--steps", "2", "--out", str(tmp_path / "grid.png")]
-    torch.save(sit.SiT(8, 2, 4, 384, 1, 6, 10).state_dict(), tmp_path / "latent.pt")
+    torch.save(sit.SiT(8, 2, 16, 384, 1, 6, 10).state_dict(), tmp_path / "latent.pt")
     for flags, message in ((["--ckpt", "none.pt"], "none.pt does not exist"),
                            (["--ckpt", str(ckpt), "--num", "0"], "--num 0 must be 1"),
                            (["--ckpt", str(ckpt), "--out", "x.gif"], "--out x.gif must end in .png or .npz"),
                            (["--cgf", "2"], "did you mean --cfg"),
                            (["--ckpt", str(ckpt), "--interval", "1", "0"], "--interval 1.0 0.0 must be low"),
-                           (["--ckpt", str(tmp_path / "latent.pt")], "latents of 4 channels")):
+                           (["--ckpt", str(tmp_path / "latent.pt")], "--vae must name .* latents of 16 channels")):
         with pytest.raises(SystemExit, match=message) as e:
             sit.main([*out, *flags])
         assert "\n" not in str(e.value)
@@ -584,7 +585,7 @@ def test_bad_sampling(tmp_path, tiny_run):
 def test_sampling_program(tmp_path, tiny_run, monkeypatch, flags):
     tiny_run("--ema", "0")
     drawn = []
-    monkeypatch.setattr(data, "save_grid", lambda images, path, columns: drawn.append((images, columns)))
+    monkeypatch.setattr(evaluate, "save_grid", lambda images, path, columns: drawn.append((images, columns)))
     base = ["--ckpt", str(tmp_path / "run" / "ckpt.pt"), "--num", "12", "--steps", "3", "--device", "cpu"]
     sit.main([*base, "--batch-size", "12"])
     sit.main([*base, "--batch-size", "5"])

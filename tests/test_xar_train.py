@@ -14,6 +14,7 @@ import bench
 import data
 import evaluate
 import run
+import test_packed
 import xar
 
 ALTERNATIVES = {
@@ -32,7 +33,8 @@ ELSEWHERE = {  # flags whose effect is no number of the run, and the test that s
     "data": "test_folders_train", "image_size": "test_folders_train", "data_root": "test_data_root_flag",
     "model": "test_model_flag", "device": "test_bad_flags", "compile": "test_compile_flag",
     "out": "test_run_leaves_its_files", "resume": "test_stopped_run_goes_on_bit_for_bit",
-    "save_every": "test_checkpoints_are_written_when_asked",
+    "save_every": "test_checkpoints_are_written_when_asked", "latent_channels": "test_xar_trains_on_packed_latents",
+    "vae": "test_xar_decodes_with_the_named_file",
 }
 
 
@@ -46,7 +48,7 @@ def base_run(tmp_path_factory):
 def test_every_field_is_covered_commented_and_shown(capsys):
     fields = {f.name for f in dataclasses.fields(xar.Config)}
     assert fields == ALTERNATIVES.keys() | ELSEWHERE.keys() and not ALTERNATIVES.keys() & ELSEWHERE.keys()
-    assert all(name in globals() for name in ELSEWHERE.values())
+    assert all(name in globals() or hasattr(test_packed, name) for name in ELSEWHERE.values())
     with pytest.raises(SystemExit):
         xar.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -182,12 +184,12 @@ def test_accumulation_is_the_whole_batch(tiny_xar):
 
 
 def test_evaluation_is_of_the_average_in_eval_mode(tiny_xar, monkeypatch):
-    seen, draw = [], evaluate.draw_samples
+    seen, draw = [], xar.indexed_sample
 
     def watched(model, *args, **kw):
         seen.append((model.training, {k: w.clone() for k, w in model.state_dict().items()}))
         return draw(model, *args, **kw)
-    monkeypatch.setattr(evaluate, "draw_samples", watched)
+    monkeypatch.setattr(xar, "indexed_sample", watched)
     rows, saved = tiny_xar("--dropout", "0.5")
     assert not seen[-1][0] and same_weights(seen[-1][1], dict(saved["ema"]), keys=("no",))
     assert not same_weights(saved["ema"], saved["model"])
@@ -251,12 +253,12 @@ def test_samples_depend_on_their_index_alone(trained, tmp_path):
 
 
 def test_bad_sampling(trained, tmp_path):
-    torch.save({"ema": xar.XAR(8, 4, 16, 1, 1, 2, 10, "image").state_dict(),
+    torch.save({"ema": xar.XAR(8, 16, 16, 1, 1, 2, 10, "image").state_dict(),
                 "arch": dict(grid=8, num_heads=2, entity="image")}, tmp_path / "latent.pt")
     content = torch.load(trained, weights_only=True)
     torch.save({**content, "arch": {**content["arch"], "grid": 16}}, tmp_path / "other.pt")
     for flags, message in ((["--ckpt", "none.pt"], "none.pt does not exist"),
-                           (["--ckpt", str(tmp_path / "latent.pt")], "latents of 4 channels"),
+                           (["--ckpt", str(tmp_path / "latent.pt")], "--vae must name .* latents of 16 channels"),
                            (["--ckpt", str(tmp_path / "other.pt")],
                             r"does not fit the model: of another shape .*\[1, 64, 16\] instead of \[1, 256, 16\]"),
                            (["--label", "10"], "--label 10 must lie in 0 ... 9"),

@@ -1,0 +1,447 @@
+"""Packed data: prepared whole or in pieces, read as it was written, trained on and sampled; bad input is one line."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, distance, photographs, same_weights, tiny_vae
+from PIL import Image
+
+import data
+import evaluate
+import haste_train
+import packed
+import run
+import sit
+import vae
+import xar
+
+ARRAYS = ("images", "moments", "labels", "done")
+
+
+def arrays(folder):
+    return {name: np.load(folder / f"{name}.npy") for name in ARRAYS}
+
+
+@pytest.fixture
+def prepare(tmp_path, capsys):
+    """Call data.py prepare with --size 16 and a tiny autoencoder; returns OUT."""
+    net = tiny_vae(tmp_path / "vae.pt")
+
+    def call(folder, *flags, out="set"):
+        data.main(["prepare", str(folder), str(tmp_path / out), "--size", "16", "--vae", str(net), "--device", "cpu",
+                   "--batch-size", "4", *flags])
+        return tmp_path / out
+    return call
+
+
+# ---- what is written
+
+def test_arrays_are_crops_and_their_moments(packed_folder):
+    photos, net = packed_folder.parent / "photos", vae.load_vae(packed_folder.parent / "vae.pt")
+    about, found = packed.read_about(packed_folder), arrays(packed_folder)
+    files = json.loads((packed_folder / "files.json").read_text())
+    assert about["classes"] == ["a", "b", "c"] and about["complete"] and about["rows"] == len(files) == 12
+    assert files == [f"{c}/{i}.png" for c in "abc" for i in range(4)]
+    assert found["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and found["done"].all()
+    for i, file in enumerate(files):
+        crop = np.array(data.center_crop(Image.open(photos / file), 16)).transpose(2, 0, 1)
+        assert np.array_equal(found["images"][i], crop)
+        for view, x in zip(found["moments"][i], (crop, crop[:, :, ::-1].copy())):           # mirror images second
+            mean, std = net.encode(data.to_pixels(torch.from_numpy(x)[None]))
+            assert distance(torch.from_numpy(view)[None].float(), torch.cat([mean, std], 1)) < 1e-3         # float16
+
+
+def test_latents_are_draws_from_the_posterior(packed_folder):
+    s = data.open_data(str(packed_folder))
+    assert s.shape == (4, 8, 8) and s.size == 16 and len(s.train) == 12 and s.held is None
+    rows, mirrored, noise = torch.tensor([5, 0, 5]), torch.tensor([True, False, False]), torch.randn(3, 4, 8, 8)
+    x = data.to_latents(s.train.moments(rows), mirrored, noise, s.packed["scale"])
+    for i, (row, view) in enumerate(((5, 1), (0, 0), (5, 0))):
+        mean, std = torch.from_numpy(arrays(packed_folder)["moments"])[row, view].float().chunk(2)
+        assert torch.allclose(x[i], 0.18215 * (mean + std * noise[i]))
+    pixels, labels = s.train.read(rows)
+    assert torch.equal(pixels, torch.from_numpy(arrays(packed_folder)["images"])[rows]) and labels.tolist() == [1, 0, 1]
+
+
+def test_interrupted_preparation_goes_on(prepare, tmp_path, monkeypatch, capsys):
+    photos = photographs(tmp_path / "photos")
+    whole, encode, calls = arrays(prepare(photos, out="whole")), vae.AutoencoderKL.encode, []
+
+    def interrupted(self, x):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, x)
+    monkeypatch.setattr(vae.AutoencoderKL, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(photos)
+    assert not packed.read_about(tmp_path / "set")["complete"]
+    with pytest.raises(ValueError, match="set is not finished: run data.py prepare once more"):
+        data.open_data(str(tmp_path / "set"))
+    out = prepare(photos)
+    assert calls == [4, 4, 4, 4] and all(np.array_equal(a, whole[k]) for k, a in arrays(out).items())
+    prepare(photos)                                                         # once more: nothing left to do
+    assert len(calls) == 4 and "12 are done" in capsys.readouterr().out
+
+
+def test_limit_is_spread_over_the_classes(prepare, tmp_path):
+    out = prepare(photographs(tmp_path / "photos"), "--limit", "6")
+    assert arrays(out)["labels"].tolist() == [0, 0, 1, 1, 2, 2] and len(arrays(out)["images"]) == 6
+    assert len(arrays(prepare(tmp_path / "photos", "--limit", "99", out="all"))["images"]) == 12
+
+
+# ---- images of all sorts
+
+@pytest.fixture
+def odd_photos(tmp_path):
+    """Good: CMYK, grey, 1 x 1, a panorama, capitals. Bad: cut short, empty, 16 bits, a text, far too long."""
+    folder = tmp_path / "odd"
+    (folder / "good").mkdir(parents=True)
+    (folder / "bad").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 30, 4), dtype=np.uint8)
+    Image.fromarray(noise, "CMYK").save(folder / "good" / "cmyk.jpg")
+    Image.fromarray(noise[:, :, 0]).save(folder / "good" / "GREY.JPEG")
+    Image.fromarray(noise[:1, :1, :3]).save(folder / "good" / "one.png")
+    Image.fromarray(np.tile(noise[:, :, :3], (1, 20, 1))).save(folder / "good" / "wide.bmp")
+    raw = (folder / "good" / "cmyk.jpg").read_bytes()
+    (folder / "bad" / "cut.jpg").write_bytes(raw[:len(raw) // 2])
+    (folder / "bad" / "empty.png").write_bytes(b"")
+    (folder / "bad" / "text.png").write_text("no image")
+    Image.fromarray(noise[:, :, 0].astype(np.uint16) * 200).save(folder / "bad" / "deep.png")
+    Image.fromarray(np.zeros((2, 500), np.uint8)).save(folder / "bad" / "long.png")
+    return folder
+
+
+def test_bad_images_stop_or_are_skipped(odd_photos, prepare, capsys):
+    with pytest.raises(SystemExit, match=r"data.py: .*bad/(cut|deep|empty|long|text)\.\w+ .*; or --on-bad skip, and"):
+        prepare(odd_photos)
+    out = prepare(odd_photos, "--on-bad", "skip")                           # goes on where it stopped
+    text = capsys.readouterr().out
+    assert text.count("skipped: ") == 5 and "4 images are packed, 5 skipped" in text
+    assert packed.read_about(out)["skipped"] == [f"bad/{n}" for n in ("cut.jpg", "deep.png", "empty.png", "long.png",
+                                                                       "text.png")]
+    s = data.open_data(str(out))
+    assert len(s.train) == 4 and s.train.labels.tolist() == [1] * 4 and s.classes == ["bad", "good"]
+    files = ["GREY.JPEG", "cmyk.jpg", "one.png", "wide.bmp"]
+    for image, name in zip(s.train.read(torch.arange(4))[0], files):
+        crop = data.center_crop(Image.open(odd_photos / "good" / name), 16)
+        assert np.array_equal(image.permute(1, 2, 0), np.array(crop))
+
+
+# ---- bad flags, damaged sets
+
+@pytest.mark.parametrize("flags,message", [
+    (["--size", "15"], r"--size 15 must be a multiple of 2, by which --vae \S+ shrinks"),
+    (["--size", "0"], "--size 0 must be 1 or more"), (["--limit", "-1"], "--limit -1 must be 1 or more"),
+    (["--vae", "nowhere.pt"], "--vae nowhere.pt does not exist"), (["--on-bad", "ignore"], "--on-bad"),
+    (["--sise", "16"], "--sise is no flag; did you mean --size"),
+])
+def test_bad_flags(flags, message, prepare, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        prepare(photographs(tmp_path / "photos"), *flags)
+    assert not (tmp_path / "set").exists()
+
+
+def test_folders_without_classes_or_images(prepare, tmp_path):
+    with pytest.raises(SystemExit, match="data.py: FOLDER .*nowhere is no folder$"):
+        prepare(tmp_path / "nowhere")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(SystemExit, match="FOLDER .*flat has no class folders"):
+        prepare(tmp_path / "flat")
+    (tmp_path / "flat" / "class").mkdir()
+    with pytest.raises(SystemExit, match="flat: no images"):
+        prepare(tmp_path / "flat")
+    with pytest.raises(SystemExit, match="say what to do: python data.py prepare"):
+        data.main([])
+
+
+def test_another_set_in_the_same_folder_is_refused(prepare, tmp_path):
+    photos = photographs(tmp_path / "photos")
+    before = arrays(prepare(photos))
+    other = tiny_vae(tmp_path / "other.pt", seed=1)
+    for flags, message in ((["--size", "32"], "was begun with --size 16, not 32"), (["--mirror"], "--mirror False"),
+                           (["--vae", str(other)], "was begun with --vae"), (["--limit", "5"], "with other images")):
+        with pytest.raises(SystemExit, match=message):
+            prepare(photos, *flags)
+    (photos / "a" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="files came or went"):
+        prepare(photos)
+    assert all(np.array_equal(a, before[k]) for k, a in arrays(tmp_path / "set").items())
+
+
+def test_full_disk_is_told_before_the_work(prepare, tmp_path, monkeypatch):
+    photos = photographs(tmp_path / "photos")
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(SystemExit, match="needs 0.0 GB, and its disk has 0.0 GB free: make room"):
+        prepare(photos)
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SystemExit, match="could not be laid out .*No space left on device"):
+        prepare(photos)
+    assert not list((tmp_path / "set").iterdir())
+
+
+@pytest.mark.parametrize("name", ARRAYS[:3])
+def test_damaged_arrays_are_named(packed_folder, tmp_path, name):
+    shutil.copytree(packed_folder, tmp_path / "set")
+    file = tmp_path / "set" / f"{name}.npy"
+    raw = file.read_bytes()
+    for content, message in ((raw[:-1], "cut short"), (raw[:50], "damaged"), (b"", "damaged"), (b"text", "damaged")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.npy .*{message}.*copy it again"):
+            data.open_data(str(tmp_path / "set"))
+    np.save(file, np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=rf"{name}\.npy holds float32 \[3, 4\], where data.json says"):
+        data.open_data(str(tmp_path / "set"))
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{name}\.npy is missing"):
+        data.open_data(str(tmp_path / "set"))
+    (tmp_path / "set" / "data.json").write_text("{")
+    with pytest.raises(ValueError, match="data.json cannot be read"):
+        data.open_data(str(tmp_path / "set"))
+
+
+# ---- training
+
+@pytest.fixture
+def packed_haste(packed_folder, tiny_run):
+    return lambda *flags, **kw: tiny_run("--data", str(packed_folder), *flags, **kw)
+
+
+def test_training_on_packed_latents(packed_haste, packed_folder, tmp_path):
+    rows, saved = packed_haste("--eval-cfg", "1.5")
+    assert saved["arch"]["in_channels"] == 4 and saved["arch"]["input_size"] == 8 and rows[-1]["fd"] > 0
+    assert saved["packed_from"]["vae"] == str(packed_folder.parent / "vae.pt") and "feature_loss" in rows[0]
+    assert Image.open(tmp_path / "run" / "samples.png").size == (4 * (6 * 17 - 1), 4 * (3 * 17 - 1))        # decoded
+    parts, _ = packed_haste("--accumulate", "2", out="parts")
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(rows, parts))
+    straight = packed_haste("--steps", "6", out="straight")
+    packed_haste("--steps", "2", out="halves")
+    resumed = packed_haste("--steps", "6", "--resume", "auto", out="halves")
+    assert same_weights(straight[1], resumed[1]) and straight[0][-1] == resumed[0][-1]
+
+
+def test_no_image_is_read_once_the_guidance_has_ended(packed_haste, monkeypatch):
+    read, opened = packed.Rows.read, []
+    monkeypatch.setattr(packed.Rows, "read", lambda self, rows: (opened.append(self.file.name[-11:]),
+                                                                 read(self, rows))[1])
+    for flags, most in ((["--stop", "3"], 3), (["--stop", "never"], 7), (["--align", "none"], 0)):
+        opened.clear()
+        packed_haste("--steps", "6", "--eval-every", "0", *flags)
+        assert opened.count("/images.npy") == most                          # one batch more is read ahead
+        assert opened.count("moments.npy") == 7
+
+
+def test_packed_flags(packed_haste, packed_folder, tiny_run, tmp_path):
+    for flags, message in ((["--latent-channels", "16"], "--latent-channels 16 is not what --data .* has, 4 .--vae"),
+                           (["--image-size", "32"], "--image-size 32 does not fit .* prepared with --size 16"),
+                           (["--vae", "nowhere.pt"], "--vae nowhere.pt does not exist"),
+                           (["--vae", str(tiny_vae(tmp_path / "b.pt", 1))], "is not the autoencoder that the training"),
+                           (["--vae", str(tiny_vae(tmp_path / "c.pt", 1, channels=3))], "latents of 3 channels"),
+                           (["--model", "SiT-Ti/8", "--patch", "3"], "no flag")):
+        with pytest.raises(SystemExit, match=message):
+            packed_haste(*flags)
+    with pytest.raises(SystemExit, match="--latent-channels 4 is for packed data, and --data digits is not"):
+        tiny_run("--latent-channels", "4")
+    assert packed_haste("--latent-channels", "4", "--vae", str(packed_folder.parent / "vae.pt"))[0]
+
+
+def test_mirroring_needs_mirrored_latents(prepare, tiny_run, tmp_path):
+    plain = prepare(photographs(tmp_path / "photos"))
+    with pytest.raises(SystemExit, match="--mirror True needs the mirror images' latents"):
+        tiny_run("--data", str(plain), "--mirror")
+    assert tiny_run("--data", str(plain), "--mirror", "--no-mirror")[0]
+
+
+def test_other_data_below_a_checkpoint_is_refused(packed_folder, prepare, tiny_run, tiny_xar, tmp_path):
+    shutil.copytree(packed_folder, tmp_path / "data")
+    for call, flags in ((tiny_run, []), (tiny_xar, [])):
+        shutil.rmtree(tmp_path / "data")
+        shutil.copytree(packed_folder, tmp_path / "data")
+        call("--data", str(tmp_path / "data"), *flags)
+        go_on = ["--data", str(tmp_path / "data"), "--resume", "auto", "--steps", "6", "--eval-every", "0"]
+        shutil.rmtree(tmp_path / "data")
+        two = photographs(tmp_path / "two", classes="ab") if not (tmp_path / "two").exists() else tmp_path / "two"
+        prepare(two, out="data")
+        with pytest.raises(SystemExit, match=r"not what the checkpoint was trained on: num_classes 2 \(was 3\)"):
+            call(*go_on, *flags)
+        shutil.rmtree(tmp_path / "data")
+        prepare(packed_folder.parent / "photos", "--vae", str(tiny_vae(tmp_path / "b.pt", 1)), out="data")
+        with pytest.raises(SystemExit, match="trained on: another autoencoder"):
+            call(*go_on, *flags)
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_xar_trains_on_packed_latents(tiny_xar, packed_folder, tmp_path):
+    flags = ["--data", str(packed_folder), "--mirror", "--latent-channels", "4"]
+    rows, saved = tiny_xar(*flags)
+    assert saved["arch"]["grid"] == 8 and saved["arch"]["channels"] == 4 and rows[-1]["fd"] > 0
+    again, _ = tiny_xar(*flags, "--accumulate", "2", out="again")
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(rows, again))
+    assert tiny_xar(*flags[:2], out="other")[0] != rows                     # --mirror matters
+    with pytest.raises(SystemExit, match="--latent-channels 16 is not what"):
+        tiny_xar(*flags[:3], "--latent-channels", "16", out="bad")
+
+
+def test_xar_decodes_with_the_named_file(tiny_xar, packed_folder, tmp_path):
+    flags = ["--data", str(packed_folder), "--vae"]
+    assert tiny_xar(*flags, str(packed_folder.parent / "vae.pt"))[0][-1]["fd"] > 0
+    with pytest.raises(SystemExit, match="is not the autoencoder that the training data was prepared with"):
+        tiny_xar(*flags, str(tiny_vae(tmp_path / "b.pt", 1)))
+
+
+def test_presets_are_the_papers_settings():
+    import dataclasses
+    for module, names in ((haste_train, ("b", "l", "xl", "xl-repa", "xl-plain")), (xar, ("b", "l", "h"))):
+        fields = {f.name for f in dataclasses.fields(module.Config)}
+        for name in [f"imagenet256-{n}" for n in names] + (["imagenet512-xl"] if module is haste_train else []):
+            assert module.PRESETS[name].keys() <= fields
+            cfg = run.parse(module.Config, ["--preset", name], "x", presets=module.PRESETS)
+            module.check(cfg, 8)
+            assert cfg.latent_channels == (4 if module is haste_train else 16)
+    cfg = run.parse(haste_train.Config, ["--preset", "imagenet512-xl"], "x", presets=haste_train.PRESETS)
+    assert (cfg.image_size, cfg.stop, cfg.batch_size, cfg.lr, cfg.ema) == (512, "300000", 256, 1e-4, 0.9999)
+    with pytest.raises(SystemExit, match="--data out/imagenet256 is no folder .*data.py prepare"):
+        haste_train.main(["--preset", "imagenet256-b", "--device", "cpu"])
+
+
+# ---- sampling
+
+@pytest.fixture(scope="module")
+def checkpoints(packed_folder, small_teacher, tmp_path_factory):
+    """{program: its checkpoint} of models of packed latents."""
+    from conftest import TINY, TINY_XAR
+    out = tmp_path_factory.mktemp("runs")
+    flags = ["--data", str(packed_folder), "--eval-every", "0", "--steps", "2"]
+    haste_train.main([*TINY, *flags, "--out", str(out / "sit"), "--teacher-weights", str(small_teacher)])
+    xar.main([*TINY_XAR, *flags, "--out", str(out / "xar")])
+    return {sit: out / "sit" / "ckpt.pt", xar: out / "xar" / "ckpt.pt"}
+
+
+@pytest.fixture(params=[sit, xar], ids=["sit", "xar"])
+def sample(request, checkpoints, tmp_path):
+    """Call sit.py or xar.py sample on that checkpoint; returns what the .npz holds, if there is one."""
+    module = request.param
+
+    def call(*flags, out="x.npz"):
+        command = ["--ckpt", str(checkpoints[module]), "--steps", "2", "--cfg", "1.5", "--device", "cpu",
+                   "--out", str(tmp_path / out), *flags]
+        module.main(command if module is sit else ["sample", *command])
+        if out.endswith("npz"):
+            with np.load(tmp_path / out) as f:
+                return {k: f[k] for k in f.files}
+    call.module = module
+    return call
+
+
+def test_samples_do_not_depend_on_the_batch(sample, tmp_path):
+    one = sample("--num", "7")
+    assert one["arr_0"].shape == (7, 16, 16, 3) and one["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    other = sample("--num", "7", "--batch-size", "3", out="other.npz")
+    assert abs(one["arr_0"].astype(int) - other["arr_0"]).max() <= 1 and np.array_equal(one["arr_1"], other["arr_1"])
+    assert (tmp_path / "x.png").exists() and not list(tmp_path.glob("*.parts"))
+    cut = sample("--num", "7", "--to-uint8", "truncate", out="cut.npz")["arr_0"].astype(int)
+    assert 0 < (one["arr_0"].astype(int) - cut).mean() < 1 and (one["arr_0"].astype(int) - cut).min() >= 0
+    labels = sample("--num", "40", "--labels", "random", out="random.npz")["arr_1"]
+    assert np.bincount(labels).tolist() != [14, 13, 13] and set(labels) == {0, 1, 2}
+    assert data.open_images(str(tmp_path / "x.npz"))[0][0:7].shape == (7, 3, 16, 16)        # as fid.py reads it
+
+
+def test_interrupted_sampling_goes_on(sample, tmp_path, monkeypatch, capsys):
+    flags = ["--num", "9", "--batch-size", "2"]
+    whole, to_bytes, drawn = sample(*flags, out="whole.npz"), evaluate.to_bytes, []
+
+    def interrupted(x, how):
+        drawn.append(len(x))
+        if len(drawn) == 3 and sum(drawn) == 6:
+            raise KeyboardInterrupt
+        return to_bytes(x, how)
+    monkeypatch.setattr(evaluate, "to_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(*flags)
+    assert len(list((tmp_path / "x.npz.parts").glob("*.npy"))) == 2 and not (tmp_path / "x.npz").exists()
+    with pytest.raises(SystemExit, match=r"x.npz.parts holds a part of other samples: cfg 2.0 \(was 1.5\). Give the"):
+        sample(*flags, "--cfg", "2")
+    (tmp_path / "x.npz.parts" / "00000002.npy").write_bytes(b"damaged")     # drawn once more
+    found = sample("--num", "9", "--batch-size", "3")
+    assert sum(drawn) == 4 + 2 + 7 and abs(found["arr_0"].astype(int) - whole["arr_0"]).max() <= 1
+    assert all(found[k].tolist() == whole[k].tolist() for k in ("arr_1", "settings"))
+    before = sum(drawn)
+    sample(*flags)
+    assert sum(drawn) == before and "x.npz holds these 9 samples already: delete it" in capsys.readouterr().out
+    sample(*flags, "--seed", "1")                                           # another wish: it is replaced
+    assert sum(drawn) == before + 9
+
+
+def test_sampling_asks_for_the_right_decoder(sample, tmp_path, checkpoints):
+    with pytest.raises(SystemExit, match="--vae nowhere.pt does not exist"):
+        sample("--vae", "nowhere.pt")
+    with pytest.raises(SystemExit, match="is not the autoencoder that the training data was prepared with"):
+        sample("--vae", str(tiny_vae(tmp_path / "b.pt", 1)))
+    content = torch.load(checkpoints[sample.module], weights_only=True)
+    bare = {k: v for k, v in content.items() if k in ("ema", "arch")}       # of others: it does not say
+    torch.save(bare, tmp_path / "bare.pt")
+    assert sample("--ckpt", str(tmp_path / "bare.pt"), "--vae", str(tiny_vae(tmp_path / "b.pt", 1)), "--num", "2")
+    bare["ema"] = {k: w * np.nan if w.ndim == 2 else w for k, w in bare["ema"].items()}
+    torch.save(bare, tmp_path / "nan.pt")
+    with pytest.raises(SystemExit, match="samples are not finite"):
+        sample("--ckpt", str(tmp_path / "nan.pt"), "--vae", str(tmp_path / "b.pt"), out="nan.npz")
+    assert not (tmp_path / "nan.npz").exists()
+
+
+def test_unknown_latents_ask_for_a_file(monkeypatch):
+    assert evaluate.decoder(None, None, 3, "cpu")("as it is") == "as it is"
+    with pytest.raises(ValueError, match="--vae must name the autoencoder's file, for latents of 16 channels"):
+        evaluate.decoder(None, None, 16, "cpu")
+
+
+# ---- a full disk
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))              # no file may grow beyond: as on a full disk
+sys.path.insert(0, {root!r})
+import {module}
+{module}.main({argv!r})
+"""
+
+
+def on_a_full_disk(limit, module, argv):
+    code = FULL.format(limit=limit, root=str(ROOT), module=module, argv=[str(a) for a in argv])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_full_disk_while_saving_keeps_the_last_checkpoint(tiny_run, small_teacher, tmp_path):
+    from conftest import TINY
+    flags = ["--align", "none", "--eval-every", "0"]
+    _, saved = tiny_run(*flags, "--steps", "2")
+    command = [*TINY, *flags, "--out", tmp_path / "run", "--steps", "8", "--resume", "auto",
+               "--teacher-weights", small_teacher]
+    done = on_a_full_disk(100_000, "haste_train", command)
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert "ckpt.pt could not be written (File too large): the one before, if any, is kept; make room" in done.stderr
+    assert same_weights(saved, torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True))
+    assert not list((tmp_path / "run").glob("*.partial"))
+    rows, _ = tiny_run(*flags, "--steps", "8", "--resume", "auto")          # room again
+    assert rows == tiny_run(*flags, "--steps", "8", out="straight")[0]
+    limit = (tmp_path / "run" / "log.jsonl").stat().st_size + 20
+    done = on_a_full_disk(limit, "haste_train", [*command, "--steps", "12"])
+    assert done.returncode == 1 and "log.jsonl could not be written (File too large): make room" in done.stderr
+
+
+def test_full_disk_while_sampling_keeps_the_parts(checkpoints, tmp_path):
+    command = ["--ckpt", checkpoints[sit], "--steps", "1", "--num", "6", "--batch-size", "2", "--device", "cpu",
+               "--out", tmp_path / "x.npz"]
+    done = on_a_full_disk(3000, "sit", command)
+    assert done.returncode == 1 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "x.npz").exists() and len(list((tmp_path / "x.npz.parts").glob("*.npy"))) == 3
+    sit.main([str(c) for c in command])
+    assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 6
