@@ -311,9 +311,10 @@ def train(argv):
         save, gigabytes = time.perf_counter() - start, Path(folder, "again.pt").stat().st_size / 1e9
     speed = lambda rows: statistics.median(r["images_per_s"] for r in rows[1:])             # the first one starts up
     guided, free = [[r for r in rows if ("feature_loss" in r) == g] for g in (True, False)]
-    print(f"guided {speed(guided):.1f} images/s, free {speed(free):.1f} ({speed(free) / speed(guided):.2f} times); "
-          f"waited for data {1000 * statistics.median(waited):.2f} ms a step (median), {max(waited[1:]):.3f} s at most; "
-          f"checkpoint of {gigabytes:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s")
+    ratio = speed(free) / speed(guided)
+    print(f"guided {speed(guided):.1f} images/s, free {speed(free):.1f} ({ratio:.2f} times); "
+          f"waited for data {1000 * statistics.median(waited):.2f} ms a step (median), at most "
+          f"{max(waited[1:]):.3f} s; checkpoint of {gigabytes:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s")
     if torch.cuda.is_available():
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
 

@@ -374,7 +374,7 @@ def to_uint8(pixels, how="round"):
 
 def save_grid(images, path, columns, zoom=None):
     """uint8 [B,C,H,W] -> one PNG, row by row, small images enlarged to about 64 pixels."""
-    B, _, H, W = images.shape
+    (B, _, H, W), columns = images.shape, min(columns, len(images))
     zoom, rows = zoom or max(1, 64 // H), -(-B // columns)
     canvas = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 128, np.uint8)
     for i, image in enumerate(to_rgb(images).permute(0, 2, 3, 1).cpu().numpy()):

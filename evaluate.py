@@ -116,13 +116,16 @@ def to_do(path, parts, num, settings):
         except (ValueError, *NO_ARCHIVE):
             pass                                                            # something else: it is replaced in the end
     told, done = parts / "settings.json", np.zeros(num, bool)
+    if parts.exists() and not told.exists():                                # killed while it was being deleted
+        shutil.rmtree(parts)
     if told.exists() and told.read_text() != settings:
         now, was = json.loads(settings), json.loads(told.read_text())
         changed = ", ".join(f"{k} {now.get(k)} (was {was.get(k)})" for k in now if now.get(k) != was.get(k))
         raise ValueError(f"{parts} holds a part of other samples: {changed}. Give the same flags to go on, or delete "
                          f"that folder")
     parts.mkdir(exist_ok=True)
-    told.write_text(settings)
+    with run.atomic(told) as f:
+        f.write(settings.encode())
     for file in parts.glob("*.npy"):
         try:
             done[int(file.stem):][:len(np.load(file, mmap_mode="r"))] = True

@@ -32,13 +32,17 @@ READERS = 8                                                                 # th
 # ---- reading
 
 class Rows:
-    """Rows of an .npy file, read rather than mapped: mapped pages would count as the process's own memory."""
+    """Rows of an .npy file, read and written rather than mapped.
 
-    def __init__(self, path, shape, dtype):
+    Mapped pages would count as the process's own memory, and two machines that write to one page of a network disk
+    would undo each other's rows. Raises ValueError where the file is not what data.json says.
+    """
+
+    def __init__(self, path, shape, dtype, mode="rb"):
         path, dtype = Path(path), np.dtype(dtype)
         remedy = "copy it again, or run data.py prepare into an empty folder"
         try:
-            self.file = open(path, "rb")
+            self.file = open(path, mode)
             version = np.lib.format.read_magic(self.file)
             header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(self.file)
         except (OSError, ValueError, AttributeError) as e:
@@ -65,6 +69,14 @@ class Rows:
                 out[j] = np.frombuffer(raw, self.dtype).reshape(out.shape[1:])
         list(self.pool.map(some, range(min(READERS, len(rows)))))
         return torch.from_numpy(out)
+
+    def write(self, rows, values):
+        """values [b,...] to the rows [b], and on the disk when this returns."""
+        for row, value in zip(rows, np.asarray(values, self.dtype)):
+            raw = value.tobytes()
+            if os.pwrite(self.file.fileno(), raw, self.start + int(row) * self.row_bytes) != len(raw):
+                raise OSError(f"{self.file.name}: the disk is full")
+        os.fsync(self.file.fileno())
 
 
 class PackedSet:
@@ -176,35 +188,30 @@ def resume(out, about, files):
         Rows(out / f"{name}.npy", *layout)                                  # complains where an array is damaged
 
 
-def prepare(args, processes):
-    """FOLDER -> OUT, each process the rows rank, rank + world, ... of those that are to be done."""
+def plan(args, net):
+    """Files, their labels, and the description of the set that they will be."""
     import data
-    import run
-    import vae as vae_module
-    folder, out, device = Path(args.folder), Path(args.out), processes.device
-    top, classes = data.class_folders(folder, "FOLDER")
+    top, classes = data.class_folders(Path(args.folder), "FOLDER")
     files, labels = data.class_files(top, classes, "FOLDER")
-    if args.limit:                                                          # spread over the classes
-        keep = [i * len(files) // args.limit for i in range(min(args.limit, len(files)))]
-        keep = keep if args.limit < len(files) else range(len(files))
+    if args.limit and args.limit < len(files):                              # spread over the classes
+        keep = [i * len(files) // args.limit for i in range(args.limit)]
         files, labels = [files[i] for i in keep], [labels[i] for i in keep]
-    net = processes.first(lambda: vae_module.load_vae(args.vae)).to(device)
     if args.size % net.factor:
         raise ValueError(f"--size {args.size} must be a multiple of {net.factor}, by which --vae {args.vae} shrinks")
     names = [f.relative_to(top).as_posix() for f in files]
     about = dict(complete=False, rows=len(files), size=args.size, mirror=args.mirror, vae=args.vae,
                  fingerprint=fingerprint(net), channels=net.z_channels, latent_size=args.size // net.factor,
                  scale=net.scale, classes=classes, skipped=[])
+    return files, names, labels, about
 
-    def to_do():
-        (resume(out, about, names) if (out / "data.json").exists() else begin(out, about, names, labels))
-        return np.flatnonzero(np.load(out / "done.npy") == 0)
-    todo = processes.share(to_do)
-    mine = todo[processes.rank::processes.world]
-    images, moments, labels, done = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in ARRAYS)
-    processes.print(f"{len(files):,} images of {len(classes)} classes below {top}; {len(files) - len(todo):,} are done")
 
-    def decode(row):                                                        # [3,S,S], or why not
+def pack(args, net, files, rows, about, progress, device):
+    """Decode, crop, encode and write the files of `rows`. Returns {what: seconds that the loop waited for it}."""
+    import data
+    import run
+    arrays = {name: Rows(Path(args.out, f"{name}.npy"), *layout, "r+b") for name, layout in layouts(about).items()}
+
+    def decode(row):                                                        # [3,S,S], or None where it is skipped
         try:
             with data.open_image(files[row]) as image:
                 return np.array(data.center_crop(image, args.size)).transpose(2, 0, 1)
@@ -223,35 +230,51 @@ def prepare(args, processes):
                              f"weights")
         return found.numpy()
 
-    spent, batches = dict.fromkeys(("decoding", "encoding", "writing"), 0.0), np.split(
-        mine, range(args.batch_size, len(mine), args.batch_size))
-    progress = run.Progress(len(todo), processes)
-    with ThreadPoolExecutor(args.workers) as pool:
-        submit = lambda rows: [pool.submit(decode, int(r)) for r in rows]
-        coming = submit(batches[0])
-        for i, rows in enumerate(batches):                                  # the next batch is decoded meanwhile
-            now, coming = coming, submit(batches[i + 1]) if i + 1 < len(batches) else []
-            marks = [time.perf_counter()]
-            try:
-                pixels = [f.result() for f in now]
-            except ValueError:
-                pool.shutdown(cancel_futures=True)
-                raise
-            marks.append(time.perf_counter())
+    spent = dict.fromkeys(("decoding", "encoding", "writing"), 0.0)
+    batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    pool = ThreadPoolExecutor(args.workers)
+    submit = lambda i: [pool.submit(decode, int(r)) for r in (batches[i] if i < len(batches) else [])]
+    try:
+        coming = submit(0)
+        for i, batch in enumerate(batches):                                 # the next one is decoded meanwhile
+            now, coming, marks = coming, submit(i + 1), [time.perf_counter()]
+            pixels = [f.result() for f in now]
             good = np.array([p is not None for p in pixels], bool)
-            if good.any():
-                pixels = np.stack([p for p in pixels if p is not None])
-                images[rows[good]] = pixels
-                moments[rows[good]] = encode(pixels)
             marks.append(time.perf_counter())
-            labels[rows[~good]] = -1
-            for array in (images, moments, labels):
-                array.flush()                                               # on the disk before it is called done
-            done[rows] = 1
+            pixels = [p for p in pixels if p is not None]
+            moments = encode(np.stack(pixels)) if pixels else []
             marks.append(time.perf_counter())
-            spent = {k: s + b - a for (k, s), a, b in zip(spent.items(), marks, marks[1:])}
-            progress.add(len(rows))
-    done.flush()
+            arrays["images"].write(batch[good], pixels)
+            arrays["moments"].write(batch[good], moments)
+            arrays["labels"].write(batch[~good], np.full((~good).sum(), -1))
+            arrays["done"].write(batch, np.ones(len(batch)))                # last: the rest is on the disk
+            marks.append(time.perf_counter())
+            for what, begun, ended in zip(spent, marks, marks[1:]):
+                spent[what] += ended - begun
+            progress.add(len(batch))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return spent
+
+
+def prepare(args, processes):
+    """FOLDER -> OUT, each process the rows rank, rank + world, ... of those that are to be done."""
+    import run
+    import vae
+    out = Path(args.out)
+    net = processes.first(lambda: vae.load_vae(args.vae)).to(processes.device)
+    files, names, labels, about = plan(args, net)
+
+    def to_do():
+        if (out / "data.json").exists():
+            resume(out, about, names)
+        else:
+            begin(out, about, names, labels)
+        return np.flatnonzero(np.load(out / "done.npy") == 0)
+    todo = processes.share(to_do)
+    processes.print(f"{len(files):,} images of {len(about['classes'])} classes; {len(files) - len(todo):,} are done")
+    progress = run.Progress(len(todo), processes)
+    spent = pack(args, net, files, todo[processes.rank::processes.world], about, progress, processes.device)
     if processes.world > 1:
         torch.distributed.barrier()
     if processes.main:

@@ -247,7 +247,8 @@ class Progress:
     def __str__(self):
         done, seconds = min(self.total, self.done * self.processes.world), time.perf_counter() - self.start
         left = (self.total - done) * seconds / max(1, done)
-        left = f", {left / 3600:.1f} h left" if left > 7200 else f", {left / 60:.0f} min left" if left > 0 else ""
+        unit, scale = ("h", 3600) if left > 7200 else ("min", 60) if left > 120 else ("s", 1)
+        left = f", {left / scale:.3g} {unit} left" if left else ""
         return f"{done:,} of {self.total:,} images, {done / seconds:.3g} images/s{left}"
 
 

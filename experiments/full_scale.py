@@ -33,7 +33,8 @@ def weights(folder):
     """Files of filled weights, in the layouts of the published ones."""
     folder.mkdir(parents=True)
     for name, net in (("sd", vae.AutoencoderKL((1, 2, 4, 4), 4)),
-                      ("kl16", vae.AutoencoderKL((1, 1, 2, 2, 4), 16, True)), ("dinov2_vitb14", teacher.DINOv2()), ("inception", fid.Inception())):
+                      ("kl16", vae.AutoencoderKL((1, 1, 2, 2, 4), 16, True)),
+                      ("dinov2_vitb14", teacher.DINOv2()), ("inception", fid.Inception())):
         torch.save(fill_state_dict(net.state_dict()), folder / f"{name}.pt")
     return folder
 

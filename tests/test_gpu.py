@@ -1,13 +1,16 @@
 """On a CUDA device: `python -m pytest -m gpu`. Golden files, short runs, no synchronisation, no attention map."""
+import numpy as np
 import pytest
 import torch
 from conftest import Golden, distance, rows_of
 from test_sit import haste_golden
 from test_xar import official, recorded, small
 
+import data
 import fid
 import haste_train
 import run
+import vae
 import xar
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -129,3 +132,19 @@ def test_cached_sampling_on_cuda_is_the_cpus():
 def test_xar_trains(tiny_xar, flags):
     rows, _ = tiny_xar("--device", "cuda", "--steps", "10", *flags)
     assert len(rows) == 10 and all(0.3 < r["loss"] < 30 for r in rows)
+
+
+# ---- packed data
+
+def test_packed_data_is_prepared_and_trained_on(tiny_run, tiny_xar, packed_folder, tmp_path):
+    """Moments of the GPU's encoder are the CPU's but for TF32; both programs train on them and draw decoded samples."""
+    photos, weights = packed_folder.parent / "photos", packed_folder.parent / "vae.pt"
+    data.main(["prepare", str(photos), str(tmp_path / "set"), "--size", "16", "--mirror", "--vae", str(weights),
+               "--device", "cuda"])
+    found, expected = (torch.from_numpy(np.load(f / "moments.npy")).float() for f in (tmp_path / "set", packed_folder))
+    assert distance(found, expected) < 1e-2
+    flags = ["--data", str(tmp_path / "set"), "--mirror", "--device", "cuda"]
+    assert tiny_run(*flags, out="sit")[0][-1]["fd"] > 0 and tiny_xar(*flags, out="xar")[0][-1]["fd"] > 0
+    with torch.no_grad():
+        net, z = vae.load_vae(weights), torch.randn(2, 4, 8, 8)
+        assert distance(net.cuda().decode(z.cuda()).cpu(), net.cpu().decode(z)) < 1e-2

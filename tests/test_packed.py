@@ -377,6 +377,8 @@ def test_interrupted_sampling_goes_on(sample, tmp_path, monkeypatch, capsys):
     before = sum(drawn)
     sample(*flags)
     assert sum(drawn) == before and "x.npz holds these 9 samples already: delete it" in capsys.readouterr().out
+    (tmp_path / "x.npz.parts").mkdir()                                      # left by a kill in the midst of tidying up
+    np.save(tmp_path / "x.npz.parts" / "00000000.npy", whole["arr_0"][:4])
     sample(*flags, "--seed", "1")                                           # another wish: it is replaced
     assert sum(drawn) == before + 9
 

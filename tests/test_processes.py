@@ -3,16 +3,19 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_XAR, rows_of, same_weights
+from conftest import ROOT, TINY, TINY_XAR, photographs, rows_of, same_weights
 
 pytestmark = pytest.mark.slow
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -23,7 +26,8 @@ def start(processes, *flags, out, teacher=None, env=(), program=HASTE, evaluatio
     """Popen of a program, under torchrun where there are several processes; output goes to OUT.txt."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}", *kwargs.pop("torchrun", [])]
-    command = [*launch, str(ROOT / program[0]), *program[1:], *evaluation, "--out", str(out), *flags]
+    usual = [] if evaluation is None else [*evaluation, "--out", str(out)]                  # data.py has neither
+    command = [*launch, str(ROOT / program[0]), *program[1:], *usual, *flags]
     command += ["--teacher-weights", str(teacher)] if teacher else []
     with open(f"{out}.txt", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**ENV, **dict(env)}, start_new_session=True)
@@ -182,6 +186,131 @@ def test_precision_and_compile(tmp_path, small_teacher, processes):
             assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])
         assert len(re.findall("Recompiling function", text)) == (processes if "--compile" in extra else 0), text
         assert all(w.dtype == torch.float32 for w in checkpoint(tmp_path / name)["model"].values())
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, small_teacher):
+    """Two processes, then one, then two with accumulation: the loss curve of one process alone, to rounding."""
+    go(1, "--steps", "18", "--stop", "9", out=tmp_path / "straight", teacher=small_teacher)
+    flags = ["--resume", "auto", "--stop", "9"]
+    for processes, steps, extra in ((2, "6", []), (1, "12", []), (2, "18", ["--accumulate", "2"])):
+        go(processes, *flags, "--steps", steps, *extra, out=tmp_path / "run", teacher=small_teacher)
+    a, b = rows_of(tmp_path / "straight"), rows_of(tmp_path / "run")
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 19))
+    assert all(abs(r["loss"] - s["loss"]) < 1e-4 * r["loss"] for r, s in zip(a, b))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_are_one(tmp_path, small_teacher):
+    """Two torchrun agents with a worker each, as on two machines, give one agent's weights bit for bit."""
+    flags, port = ["--steps", "12", "--stop", "6"], free_port()
+    nodes = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+         "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "haste_train.py"), *TINY, "--eval-every",
+         "0", "--out", str(tmp_path / "nodes"), "--teacher-weights", str(small_teacher), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+        for _ in range(2)]
+    try:
+        texts = [n.communicate(timeout=300)[0] for n in nodes]
+    finally:
+        for n in nodes:
+            if n.poll() is None:
+                os.killpg(n.pid, signal.SIGKILL)
+    assert [n.returncode for n in nodes] == [0, 0], texts[0][-2000:] + texts[1][-2000:]
+    go(2, *flags, out=tmp_path / "one", teacher=small_teacher)
+    assert same_weights(checkpoint(tmp_path / "nodes"), checkpoint(tmp_path / "one"))
+    assert rows_of(tmp_path / "nodes") == rows_of(tmp_path / "one")
+
+
+def test_random_kills_change_nothing(tmp_path):
+    subprocess.run([sys.executable, str(ROOT / "experiments" / "kills.py"), "--kills", "4", "--steps", "2500", "--out",
+                    str(tmp_path / "kills")], check=True, env=ENV)
+
+
+# ---- packed data
+
+def prepared(processes, out, photos, net, *flags, **kwargs):
+    return start(processes, str(photos), str(out), "--size", "16", "--vae", str(net), "--device", "cpu",
+                 "--batch-size", "1", *flags, out=out, evaluation=None, program=("data.py", "prepare"), **kwargs)
+
+
+def test_preparation_is_the_same_for_any_number_of_processes(tmp_path, packed_folder):
+    """Three processes, one of them killed, the rest by one process: the same arrays."""
+    photos, net = packed_folder.parent / "photos", packed_folder.parent / "vae.pt"
+    process = prepared(3, tmp_path / "set", photos, net, "--mirror")
+    until = time.time() + 120
+    while time.time() < until and not (tmp_path / "set" / "data.json").exists():
+        time.sleep(0.01)
+    for pid in (*workers_of(process), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    finish(prepared(1, tmp_path / "set", photos, net, "--mirror"), tmp_path / "set")
+    finish(prepared(3, tmp_path / "three", photos, net, "--mirror"), tmp_path / "three")
+    for name in ("images", "moments", "labels", "done"):
+        a, b, c = (np.load(folder / f"{name}.npy").astype(float)
+                   for folder in (packed_folder, tmp_path / "set", tmp_path / "three"))
+        assert np.allclose(a, b, atol=1e-2) and np.allclose(a, c, atol=1e-2), name          # a batch's rounding
+    assert json.loads((tmp_path / "set" / "data.json").read_text())["complete"]
+
+
+def test_packed_training_on_two_processes_is_that_on_one(tmp_path, small_teacher, packed_folder):
+    for program, teacher in ((HASTE, small_teacher), (XAR, None)):
+        flags = ["--steps", "12", "--mirror", "--data", str(packed_folder)]
+        flags += ["--stop", "6"] if teacher else []
+        for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
+            go(n, *flags, *extra, out=tmp_path / name, program=program, teacher=teacher)
+        one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
+        assert len(one) == 12
+        for a, b, c in zip(one, two, parts):
+            assert max(abs(a["loss"] - b["loss"]), abs(a["loss"] - c["loss"])) < 1e-5 * max(1, a["loss"]), a["step"]
+
+
+def test_sampling_goes_on_with_another_number_of_processes(tmp_path, packed_folder, small_teacher):
+    go(1, "--steps", "2", "--data", str(packed_folder), out=tmp_path / "run", teacher=small_teacher)
+    flags = ["--num", "40", "--steps", "40", "--batch-size", "2", "--device", "cpu"]
+    program = ("sit.py", "--ckpt", str(tmp_path / "run" / "ckpt.pt"))
+    kwargs = dict(evaluation=(), program=program, torchrun=["--"])          # --: torchrun has a --num... of its own
+    go(1, *flags, out=tmp_path / "one.npz", **kwargs)
+    process, parts = start(2, *flags, out=tmp_path / "two.npz", **kwargs), tmp_path / "two.npz.parts"
+    until = time.time() + 120
+    while time.time() < until and len(list(parts.glob("*.npy"))) < 3:
+        time.sleep(0.01)
+    for pid in (*workers_of(process), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert 3 <= len(list(parts.glob("*.npy"))) < 20 and not (tmp_path / "two.npz").exists()
+    go(3, *flags, out=tmp_path / "two.npz", **kwargs)
+    with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "two.npz") as b:
+        assert a["arr_0"].shape == (40, 16, 16, 3) and abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+        assert np.array_equal(a["arr_1"], b["arr_1"])
+
+
+def test_full_scale_from_photographs_to_scores(tmp_path):
+    """Every command of a run on ImageNet, at small sizes: on real photographs where they are at hand, else drawn."""
+    archive, photos = ROOT.parent / "shared" / "data" / "imagenet_sample.tar", tmp_path / "photos"
+    if archive.exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(photos, filter="data")
+        photos /= "imagenet_sample"
+    else:
+        photographs(photos, classes="abcdefgh", each=2)
+    subprocess.run([sys.executable, str(ROOT / "experiments" / "full_scale.py"), str(photos), "--out",
+                    str(tmp_path / "full")], check=True, env=ENV)
+    shutil.rmtree(tmp_path / "full")                                        # a gigabyte of weights
+
+
+def test_benchmarks_of_packed_data_run(tmp_path):
+    out = ["--out", str(tmp_path / "bench")]
+    for command in (["loader", "--count", "600", "--size", "32"],
+                    ["train", "--device", "cpu", "--steps", "4", "--count", "10", "--model", "SiT-Ti/8", "--batch-size",
+                     "2", "--log-every", "1"]):
+        done = subprocess.run([sys.executable, str(ROOT / "bench.py"), *command, *out], capture_output=True, text=True)
+        assert done.returncode == 0 and not list((tmp_path / "bench").iterdir()), done.stderr[-2000:]
+        assert ("samples/s" if command[0] == "loader" else "waited for data") in done.stdout
 
 
 # ---- fid.py

@@ -12,7 +12,6 @@ from PIL import Image
 
 import bench
 import data
-import evaluate
 import run
 import test_packed
 import xar
