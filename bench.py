@@ -212,16 +212,17 @@ def others(home, weights, batch, device):
 
 def random_set(folder, count, size, channels=4, factor=8):
     """A packed folder of random numbers: as large as a real one of so many images."""
-    about = dict(complete=True, rows=count, size=size, mirror=False, vae="none", fingerprint="none", channels=channels,
-                 latent_size=size // factor, scale=1.0, classes=[str(c) for c in range(1000)], skipped=[])
+    about = dict(complete=True, rows=count, size=size, mirror=False, vae="none", fingerprint="none", precision="none",
+                 channels=channels, latent_size=size // factor, scale=1.0, classes=[str(c) for c in range(1000)],
+                 skipped=[])
     folder, rng = Path(folder), np.random.default_rng(0)
     packed.begin(folder, about, [], rng.integers(0, 1000, count))
     for name, (shape, dtype) in packed.layouts(about).items():
         array = np.load(folder / f"{name}.npy", mmap_mode="r+")
         for i in range(0, count if name in ("images", "moments") else 0, 1000):
             part = array[i:i + 1000]
-            part[:] = rng.integers(0, 256, part.shape, dtype=np.uint8) if name == "images" else rng.random(
-                part.shape, dtype=np.float32)
+            part[:] = (rng.integers(0, 256, part.shape, dtype=np.uint8) if name == "images"
+                       else rng.random(part.shape, dtype=np.float32))
         array.flush()
     return folder
 
@@ -238,6 +239,7 @@ def loader(argv):
     parser.add_argument("--count", type=int, default=20_000, help="samples of the set")
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch-size", type=int, default=256, help="samples of a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each")
     parser.add_argument("--out", default="out/bench", help="folder for the set, which is deleted in the end")
     args = parser.parse_args(argv)
 
@@ -253,27 +255,35 @@ def loader(argv):
         def moments(self, rows):
             return torch.from_numpy(self.latents[self.rows[rows]])
 
+    def epoch(kind, images):
+        """Seconds, bytes read, and the memory at 0, 25, 50, 75, 100 % of it."""
+        feed = data.batches(kind(folder), 0, 0, args.batch_size, wanted=lambda step: images)
+        memory, size, start = [resident()], 0, time.perf_counter()
+        for i in range(batches):
+            size += sum(b.numel() * b.element_size() for b in next(feed) if b is not None)
+            if (i + 1) * 4 // batches > i * 4 // batches:
+                memory.append(resident())
+        seconds = time.perf_counter() - start
+        feed.close()
+        return seconds, size, memory
+
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    batches = max(1, args.count // args.batch_size)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         random_set(folder, args.count, args.size)
-        print(f"{args.count} samples of {args.size} pixels, batches of {args.batch_size}, from the page cache\n\n"
-              f"| reader | what | samples/s | MiB/s | resident MiB at 0, 25, 50, 75, 100 % of an epoch |\n"
-              f"|---|---|---|---|---|")
+        print(f"{args.count} samples of {args.size} pixels, batches of {args.batch_size}, from the page cache; medians "
+              f"of {args.repeats} epochs\n\n| reader | what | samples/s | MiB/s | resident MiB at 0, 25, 50, 75, 100 % "
+              f"of an epoch |\n|---|---|---|---|---|")
         for images in (False, True):
-            for name, kind in (("packed.py", packed.PackedSet), ("mapped", Mapped)):
-                feed = data.batches(kind(folder), 0, 0, args.batch_size, wanted=lambda step: images)
-                batches, memory, start = args.count // args.batch_size, [resident()], time.perf_counter()
-                size = 0
-                for i in range(batches):
-                    batch = next(feed)
-                    size += sum(b.numel() * b.element_size() for b in batch if b is not None)
-                    if (i + 1) * 4 // batches > i * 4 // batches:
-                        memory.append(resident())
-                seconds = time.perf_counter() - start
-                feed.close()
+            found = {"packed.py": [], "mapped": []}
+            for _ in range(args.repeats + 1):
+                for name, kind in (("packed.py", packed.PackedSet), ("mapped", Mapped)):
+                    found[name].append(epoch(kind, images))
+            for name, epochs in found.items():
+                seconds, size = statistics.median(e[0] for e in epochs[1:]), epochs[0][1]  # the first one is untimed
                 print(f"| {name} | {'images and moments' if images else 'moments'} | "
                       f"{batches * args.batch_size / seconds:,.0f} | {size / seconds / 2 ** 20:,.0f} | "
-                      f"{', '.join(f'{m:.0f}' for m in memory)} |", flush=True)
+                      f"{', '.join(f'{m:.0f}' for m in epochs[-1][2])} |", flush=True)
 
 
 def train(argv):
@@ -309,7 +319,7 @@ def train(argv):
         load, start = time.perf_counter() - start, time.perf_counter()
         run.save_checkpoint(Path(folder, "again.pt"), saved)
         save, gigabytes = time.perf_counter() - start, Path(folder, "again.pt").stat().st_size / 1e9
-    speed = lambda rows: statistics.median(r["images_per_s"] for r in rows[1:])             # the first one starts up
+    speed = lambda rows: statistics.median(r["images_per_s"] for r in rows[1:] or rows)     # the first one starts up
     guided, free = [[r for r in rows if ("feature_loss" in r) == g] for g in (True, False)]
     ratio = speed(free) / speed(guided)
     print(f"guided {speed(guided):.1f} images/s, free {speed(free):.1f} ({ratio:.2f} times); "

@@ -180,6 +180,8 @@ def open_image(path):
     try:
         image = Image.open(path)
     except NO_IMAGE as e:
+        if getattr(e, "errno", None):                                       # the disk's fault, not the image's
+            raise
         raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair or remove it") from None
     raw = f"{image.mode} {[tile[3] for tile in image.tile]}"                # PIL would clip what is deeper
     if image.mode in ("I", "F") or re.search(r"\b(I|LA?|RGBA?);16", raw):
@@ -196,6 +198,8 @@ def center_crop(image, size):
     try:
         image = image.convert("RGB")                                        # decodes; grey, palette, CMYK and alpha too
     except NO_IMAGE as e:
+        if getattr(e, "errno", None):
+            raise
         raise ValueError(f"{name} cannot be decoded ({e}): repair or remove it") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)

@@ -96,22 +96,23 @@ def write_samples(path, num, draw, labels_of, batch, processes, settings, column
     for rows in rows_of_parts[processes.rank::processes.world]:
         images = to_rgb(draw(torch.from_numpy(rows))).permute(0, 2, 3, 1).cpu().numpy()
         with run.atomic(parts / f"{rows[0]:08d}.npy") as f:
-            np.save(f, images)
+            np.lib.format.write_array(f, images, allow_pickle=False)
         progress.add(len(rows))
     if processes.world > 1:
         torch.distributed.barrier()
     if processes.main:
         join(path, parts, labels_of(torch.arange(num)).numpy(), settings)
-        save_grid(ImageArchive(path)[:100], path.with_suffix(".png"), columns)
+        save_grid(ImageArchive(path)[:100], path.with_name(f"{path.stem}_grid.png"), columns)
     processes.print(f"{path}: {num} samples; {progress}")
 
 
 def to_do(path, parts, num, settings):
     """Indices that no part holds yet; None where PATH is there already, with the same settings."""
-    if path.exists() and not parts.exists():
+    if path.exists():
         try:
             with np.load(path) as f:
                 if "settings" in f.files and str(f["settings"]) == settings and len(f["arr_1"]) == num:
+                    shutil.rmtree(parts, ignore_errors=True)                # left by a kill in the midst of tidying up
                     return None
         except (ValueError, *NO_ARCHIVE):
             pass                                                            # something else: it is replaced in the end
@@ -129,7 +130,7 @@ def to_do(path, parts, num, settings):
     for file in parts.glob("*.npy"):
         try:
             done[int(file.stem):][:len(np.load(file, mmap_mode="r"))] = True
-        except ValueError:                                                  # a disk's fault: draw it once more
+        except (ValueError, EOFError):                                      # a disk's fault: draw it once more
             file.unlink()
     return np.flatnonzero(~done)
 
@@ -162,7 +163,7 @@ def frechet(a, b):
 
 def scores(samples, sets, num_classes):
     """{name: number} for uint8 samples [B,C,H,W] compared with the sets of `reference`; names as at the top."""
-    fake, (real, labels) = fid.pixel_features(samples), sets["train"]
+    fake, (real, labels) = torch.cat([fid.pixel_features(x) for x in samples.split(256)]), sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
     right = labels[neighbour] == torch.arange(len(fake)) % num_classes
     row = {"fd": frechet(fake, real), "accuracy": right.double().mean().item(), "nearest": distance.mean().item()}

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 ARRAYS = ("images", "moments", "labels", "done")
+ABOUT = ("complete", "rows", "size", "mirror", "vae", "fingerprint", "precision", "channels", "latent_size", "scale",
+         "classes", "skipped")                                              # what data.json says
 READERS = 8                                                                 # threads that wait for the disk
 
 
@@ -75,8 +77,9 @@ class Rows:
         for row, value in zip(rows, np.asarray(values, self.dtype)):
             raw = value.tobytes()
             if os.pwrite(self.file.fileno(), raw, self.start + int(row) * self.row_bytes) != len(raw):
-                raise OSError(f"{self.file.name}: the disk is full")
-        os.fsync(self.file.fileno())
+                raise OSError(f"{self.file.name} could not be written: is the disk full?")
+        if len(rows):
+            os.fsync(self.file.fileno())
 
 
 class PackedSet:
@@ -86,9 +89,9 @@ class PackedSet:
         self.about = about = read_about(folder)
         if not about["complete"]:
             raise ValueError(f"--data {folder} is not finished: run data.py prepare once more with the same flags")
-        self.images, self.latents, labels, _ = (Rows(Path(folder, f"{name}.npy"), *layout)
-                                                for name, layout in layouts(about).items())
-        labels = labels.read(np.arange(about["rows"])).numpy()
+        self.images, self.latents, _, _ = (Rows(Path(folder, f"{name}.npy"), *layout)
+                                           for name, layout in layouts(about).items())
+        labels = np.load(Path(folder, "labels.npy"))
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = torch.from_numpy(labels[self.rows])
 
@@ -97,18 +100,19 @@ class PackedSet:
 
     def read(self, rows):
         """rows [b] -> images uint8 [b,3,S,S], labels [b]."""
-        return self.images.read(self.rows[rows]), self.labels[rows]
+        return self.images.read(self.rows[np.asarray(rows)]), self.labels[rows]
 
     def moments(self, rows):
         """rows [b] -> float16 [b,V,2C,h,w]."""
-        return self.latents.read(self.rows[rows])
+        return self.latents.read(self.rows[np.asarray(rows)])
 
 
 def read_about(folder):
     path = Path(folder, "data.json")
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        about = json.loads(path.read_text())
+        return {name: about[name] for name in ABOUT}
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} cannot be read ({e}): is {folder} a folder made by data.py prepare?") from None
 
 
@@ -141,6 +145,8 @@ def fingerprint(vae):
 def begin(out, about, files, labels):
     """Create the arrays, whole from the start: a disk that is too small says so now, not after a day."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in ARRAYS:                                                     # of a start that was killed
+        (out / f"{name}.npy").unlink(missing_ok=True)
     need = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layouts(about).values())
     free = shutil.disk_usage(out).free
     if need > free:
@@ -173,7 +179,8 @@ def write_about(out, about):
 def resume(out, about, files):
     """Check that what OUT holds is of the same images and settings."""
     was = read_about(out)
-    for name, flag in (("size", "--size"), ("mirror", "--mirror"), ("vae", "--vae"), ("fingerprint", "--vae")):
+    for name, flag in (("size", "--size"), ("mirror", "--mirror"), ("precision", "--precision"), ("vae", "--vae"),
+                       ("fingerprint", "--vae")):
         if was.get(name) != about[name]:
             raise ValueError(f"OUT {out} was begun with {flag} {was.get(name)}, not {about[name]}: give the same flags "
                              f"to go on, or another OUT")
@@ -189,7 +196,7 @@ def resume(out, about, files):
 
 
 def plan(args, net):
-    """Files, their labels, and the description of the set that they will be."""
+    """Folder of the classes, names of the files below it, their labels, and the description of the set."""
     import data
     top, classes = data.class_folders(Path(args.folder), "FOLDER")
     files, labels = data.class_files(top, classes, "FOLDER")
@@ -200,13 +207,13 @@ def plan(args, net):
         raise ValueError(f"--size {args.size} must be a multiple of {net.factor}, by which --vae {args.vae} shrinks")
     names = [f.relative_to(top).as_posix() for f in files]
     about = dict(complete=False, rows=len(files), size=args.size, mirror=args.mirror, vae=args.vae,
-                 fingerprint=fingerprint(net), channels=net.z_channels, latent_size=args.size // net.factor,
-                 scale=net.scale, classes=classes, skipped=[])
-    return files, names, labels, about
+                 fingerprint=fingerprint(net), precision=args.precision, channels=net.z_channels,
+                 latent_size=args.size // net.factor, scale=net.scale, classes=classes, skipped=[])
+    return top, names, labels, about
 
 
-def pack(args, net, files, rows, about, progress, device):
-    """Decode, crop, encode and write the files of `rows`. Returns {what: seconds that the loop waited for it}."""
+def pack(args, net, files, about, progress, device):
+    """Decode, crop, encode and write `files` {row: path}. Returns {what: seconds that the loop waited for it}."""
     import data
     import run
     arrays = {name: Rows(Path(args.out, f"{name}.npy"), *layout, "r+b") for name, layout in layouts(about).items()}
@@ -215,7 +222,7 @@ def pack(args, net, files, rows, about, progress, device):
         try:
             with data.open_image(files[row]) as image:
                 return np.array(data.center_crop(image, args.size)).transpose(2, 0, 1)
-        except (ValueError, OSError) as e:
+        except ValueError as e:                                             # an OSError is the disk's, and stops it all
             if args.on_bad == "stop":
                 raise ValueError(f"{e}; or --on-bad skip, and the same command goes on") from None
             print(f"skipped: {e}", flush=True)
@@ -231,6 +238,7 @@ def pack(args, net, files, rows, about, progress, device):
         return found.numpy()
 
     spent = dict.fromkeys(("decoding", "encoding", "writing"), 0.0)
+    rows = np.array(list(files), np.int64)
     batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     pool = ThreadPoolExecutor(args.workers)
     submit = lambda i: [pool.submit(decode, int(r)) for r in (batches[i] if i < len(batches) else [])]
@@ -263,7 +271,7 @@ def prepare(args, processes):
     import vae
     out = Path(args.out)
     net = processes.first(lambda: vae.load_vae(args.vae)).to(processes.device)
-    files, names, labels, about = plan(args, net)
+    top, names, labels, about = processes.share(lambda: plan(args, net))   # one list for all processes
 
     def to_do():
         if (out / "data.json").exists():
@@ -272,16 +280,20 @@ def prepare(args, processes):
             begin(out, about, names, labels)
         return np.flatnonzero(np.load(out / "done.npy") == 0)
     todo = processes.share(to_do)
-    processes.print(f"{len(files):,} images of {len(about['classes'])} classes; {len(files) - len(todo):,} are done")
-    progress = run.Progress(len(todo), processes)
-    spent = pack(args, net, files, todo[processes.rank::processes.world], about, progress, processes.device)
+    processes.print(f"{len(names):,} images of {len(about['classes'])} classes; {len(names) - len(todo):,} are done")
+    progress, mine = run.Progress(len(todo), processes), np.array_split(todo, processes.world)[processes.rank]
+    spent = pack(args, net, {row: top / names[row] for row in mine}, about, progress, processes.device)
     if processes.world > 1:
         torch.distributed.barrier()
     if processes.main:
+        left = int((np.load(out / "done.npy") == 0).sum())
+        if left:
+            raise ValueError(f"OUT {out} lacks {left} rows that were written: give the same command again, and watch "
+                             f"the disk")
         skipped = np.flatnonzero(np.load(out / "labels.npy") < 0)
         write_about(out, {**about, "complete": True, "skipped": [names[i] for i in skipped]})
         where = ", ".join(f"{k} {s:.0f} s" for k, s in spent.items())
-        print(f"{out}: {len(files) - len(skipped):,} images are packed, {len(skipped)} skipped; {progress}; "
+        print(f"{out}: {len(names) - len(skipped):,} images are packed, {len(skipped)} skipped; {progress}; "
               f"waited for {where}", flush=True)
 
 
@@ -304,7 +316,7 @@ def main(argv):
     with run.one_line("data.py"):
         for name in ("size", "limit", "batch_size", "workers"):
             run.need(args, getattr(args, name) is None or getattr(args, name) >= 1, name, "must be 1 or more")
-        processes = run.Processes(args.device)
+        processes = run.Processes(args.device, hours=48)                    # some may be done long before others
     try:
         with run.one_line("data.py"):
             prepare(args, processes)

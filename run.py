@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import errno
 import gc
 import hashlib
 import inspect
@@ -137,16 +138,39 @@ def check_data(cfg, images, saved, **arch):
 
 # ---- processes
 
-def restarts():
-    """How often torchrun has restarted this run because a worker died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def agree(store, rank, world):
+    """How often torchrun has started this job's workers, a number that all of them agree on; 1 is the first time.
+
+    torchrun's store outlives workers that die, so a restarted worker may read what a dead one has left there; and the
+    agents of several machines count restarts differently. So the first process counts, and answers each of the others
+    until it has confirmed: what a dead one has asked is answered too, and read by nobody.
+    """
+    if rank == 0:
+        number, waiting = store.add("starts", 1), set(range(1, world))
+        while waiting:
+            for r in sorted(waiting):
+                if store.check([f"question {r}"]):
+                    question = store.get(f"question {r}").decode()
+                    store.set(f"answer {question}", str(number))
+                    waiting -= {r} if store.check([f"{number} confirmed by {question}"]) else set()
+            time.sleep(0.02)
+        return number
+    question = f"{rank} {os.getpid()} {time.time_ns()}"
+    store.set(f"question {rank}", question)
+    number = int(store.get(f"answer {question}"))                           # waits for it
+    store.set(f"{number} confirmed by {question}", "")
+    return number
 
 
 class Processes:
-    """The processes of a run: rank, world, device. Nothing here does anything when there is only one."""
+    """The processes of a run: rank, world, device. Nothing here does anything when there is only one.
 
-    def __init__(self, device="auto"):
+    `hours` is how long a process may wait for the others. `restarted` tells whether a worker has died before.
+    """
+
+    def __init__(self, device="auto", hours=0.5):
         told = os.environ.get                                               # by torchrun
+        self.restarted = int(told("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.rank, self.world, local = int(told("RANK", 0)), int(told("WORLD_SIZE", 1)), int(told("LOCAL_RANK", 0))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,14 +187,14 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                      # TF32, as the official code does
         if self.world > 1 and not dist.is_initialized():
-            store = None
+            store, patience = None, timedelta(hours=hours)
             if told("TORCHELASTIC_USE_AGENT_STORE", "") == "True":
-                # torchrun's store outlives a worker that dies: without a name for each attempt, restarted workers
-                # may read the address that the dead one left behind
-                store = dist.TCPStore(told("MASTER_ADDR", ""), int(told("MASTER_PORT", 0)), is_master=False)
-                store = dist.PrefixStore(f"attempt {restarts()}", store)
+                store = dist.TCPStore(told("MASTER_ADDR", ""), int(told("MASTER_PORT", 0)), is_master=False,
+                                      timeout=patience)
+                number = agree(store, self.rank, self.world)
+                store, self.restarted = dist.PrefixStore(f"start {number}", store), number > 1
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world, timeout=timedelta(minutes=30))
+                                    world_size=self.world, timeout=patience)
 
     def mean(self, values):
         """Mean of a tensor over the processes (on its device)."""
@@ -371,7 +395,10 @@ def seeded(device, *words):
 
 @contextmanager
 def atomic(path):
-    """A binary file to write to, put in the place of `path` once it is whole: a crash leaves old or new."""
+    """A binary file to write to, put in the place of `path` once it is whole: a crash leaves old or new.
+
+    Raises OSError that names the file, where the disk is full, say; what was there before stays.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -380,22 +407,18 @@ def atomic(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except BaseException:                                                   # a full disk, say: the old file stays
+    except BaseException as e:
         partial.unlink(missing_ok=True)
+        cause = e if isinstance(e, OSError) else e.__context__              # torch.save wraps the disk's error
+        if isinstance(e, Exception) and isinstance(cause, OSError):
+            raise OSError(f"{path} could not be written ({cause.strerror or cause}): the one before, if any, is kept; "
+                          f"make room, and the same command goes on") from None
         raise
 
 
 def save_checkpoint(path, content):
-    """Raises OSError where the disk is full, say; the file that was there before stays."""
-    try:
-        with atomic(path) as f:
-            torch.save(content, f)
-    except (OSError, RuntimeError) as e:                                    # torch wraps what the disk says
-        cause = e if isinstance(e, OSError) else e.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(f"{path} could not be written ({cause.strerror}): the one before, if any, is kept; make room, "
-                      f"and the same command goes on from there") from None
+    with atomic(path) as f:
+        torch.save(content, f)
 
 
 def code_hash(*modules):
@@ -421,16 +444,19 @@ def resume_point(cfg, free, modules, processes):
     auto: OUT/ckpt.pt where it exists; never: none; else a path. A finished run, and changed code, are told.
     """
     path = Path(cfg.out) / "ckpt.pt" if cfg.resume == "auto" else Path(cfg.resume)
-    if restarts() and Path(cfg.out, "ckpt.pt").exists():                    # whatever --resume says: a worker has died
+    if processes.restarted and Path(cfg.out, "ckpt.pt").exists():           # whatever --resume says: a worker has died
         path = Path(cfg.out, "ckpt.pt")
     elif cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
         return None
     anew = "start anew with another --out, or with --resume never (which replaces what --out holds)"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # on a GPU the contents are copied there, and need not be in the memory of every process at once
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=processes.device.type == "cuda")
     except FileNotFoundError:
         raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a checkpoint") from None
     except (RuntimeError, EOFError, OSError, LookupError, struct.error, ValueError, pickle.UnpicklingError) as e:
+        if getattr(e, "errno", None) not in (None, errno.EINVAL, errno.EISDIR):             # the disk's, not the file's
+            raise OSError(f"{path} could not be read ({e.strerror}): give the same command once more") from None
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or no checkpoint): {anew}") from None
     if not isinstance(saved, dict) or not CONTENT <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of this program: {anew}")

@@ -431,7 +431,7 @@ def main(argv=None):
         for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
             value = getattr(args, name)
             run.need(args, value is None or value >= least, name, f"must be {least} or more")
-        processes = run.Processes(args.device)
+        processes = run.Processes(args.device, hours=48)                    # some may be done long before others
     try:
         with run.one_line("sit.py"):
             sample_images(args, processes)
@@ -463,8 +463,9 @@ def sample_images(args, processes):
             else:
                 x = sample_ode(model, *start, heun=args.sampler == "heun", **kwargs)
         return evaluate.to_bytes(decode(x), args.to_uint8)
-    settings = {**{k: getattr(args, k) for k in ("cfg", "interval", "sampler", "steps", "labels", "to_uint8", "seed")},
-                "path": path, "precision": run.precision(args.precision, device), "vae": args.vae,
+    free = ("ckpt", "num", "batch_size", "device", "out")                   # the rest says what the samples are
+    settings = {**{k: v for k, v in vars(args).items() if k not in free}, "path": path,
+                "precision": run.precision(args.precision, device),
                 "weights": processes.main and run.weights_hash(model)}
     columns = 10 if args.labels == "random" else min(10, model.num_classes)
     evaluate.write_samples(args.out, args.num, draw, labels_of, args.batch_size, processes, settings, columns)

@@ -708,7 +708,7 @@ def sample_images(argv):
         for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("num_heads", 1)):
             value = getattr(args, name)
             run.need(args, value is None or value >= least, name, f"must be {least} or more")
-        processes = run.Processes(args.device)
+        processes = run.Processes(args.device, hours=48)                    # some may be done long before others
     try:
         with run.one_line("xar.py"):
             draw_images(args, processes)
@@ -737,7 +737,8 @@ def draw_images(args, processes):
         with autocast:
             x = indexed_sample(model, rows, args.steps, args.cfg, args.seed, labels_of(rows))
         return evaluate.to_bytes(decode(x), args.to_uint8)
-    settings = {**{k: getattr(args, k) for k in ("cfg", "steps", "label", "labels", "to_uint8", "seed", "vae")},
+    free = ("ckpt", "num", "batch_size", "device", "out")                   # the rest says what the samples are
+    settings = {**{k: v for k, v in vars(args).items() if k not in free},
                 "precision": run.precision(args.precision, device),
                 "weights": processes.main and run.weights_hash(model)}
     columns = 10 if args.label is not None or args.labels == "random" else min(10, model.num_classes)

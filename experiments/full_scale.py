@@ -47,6 +47,8 @@ def call(command, log, times, name, kill_after=None):
         out = Path(command[command.index("--out") + 1])
         while steps_in(out) < kill_after and process.poll() is None:
             time.sleep(0.1)
+        if process.poll() is not None:
+            raise SystemExit(f"it ended before it was killed:\n{Path(log).read_text()[-3000:]}")
         kill([process.pid, *workers_of(process.pid)])
         process.wait()
     elif process.wait() != 0:

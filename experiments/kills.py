@@ -86,6 +86,9 @@ def disturbed(processes, kills, steps, out, rng):
         time.sleep(rng.random())
         if process.poll() is not None:
             raise SystemExit(f"the run ended before its kill {i + 1}: give more --steps (see {out}.txt)")
+        if time.time() > until:
+            kill([*workers_of(process.pid), process.pid])
+            raise SystemExit(f"the run did not come up again after kill {i} (see {out}.txt)")
         workers = workers_of(process.pid) if processes > 1 else []
         if workers and rng.random() < 0.5:
             kill([rng.choice(workers)])                                     # torchrun starts both again
@@ -97,7 +100,12 @@ def disturbed(processes, kills, steps, out, rng):
             saved_in(out)
             process = start(command, f"{out}.txt")
         saved_in(out)
-    if process.wait(600) != 0:
+    try:
+        failed = process.wait(600) != 0
+    except subprocess.TimeoutExpired:
+        failed = True
+        kill([*workers_of(process.pid), process.pid])
+    if failed:
         raise SystemExit(f"the run failed: see {out}.txt")
     return f"{told.count('worker')} workers, {told.count('job')} jobs"
 

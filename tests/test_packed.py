@@ -66,6 +66,7 @@ def test_latents_are_draws_from_the_posterior(packed_folder):
         assert torch.allclose(x[i], 0.18215 * (mean + std * noise[i]))
     pixels, labels = s.train.read(rows)
     assert torch.equal(pixels, torch.from_numpy(arrays(packed_folder)["images"])[rows]) and labels.tolist() == [1, 0, 1]
+    assert s.train.read(rows[:1])[0].shape == (1, 3, 16, 16) and s.train.moments(rows[:1]).shape == (1, 2, 8, 8, 8)
 
 
 def test_interrupted_preparation_goes_on(prepare, tmp_path, monkeypatch, capsys):
@@ -87,6 +88,41 @@ def test_interrupted_preparation_goes_on(prepare, tmp_path, monkeypatch, capsys)
     assert calls == [4, 4, 4, 4] and all(np.array_equal(a, whole[k]) for k, a in arrays(out).items())
     prepare(photos)                                                         # once more: nothing left to do
     assert len(calls) == 4 and "12 are done" in capsys.readouterr().out
+
+
+def test_a_start_that_was_killed_leaves_room_for_the_next(prepare, tmp_path, monkeypatch):
+    """Arrays without data.json are nobody's: they go before the disk is asked for room."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images.npy").write_bytes(b"left over")
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: (list(p.glob("*.npy")) and 1 / 0, usage(p))[1])
+    assert arrays(prepare(photographs(tmp_path / "photos")))["done"].all()
+
+
+def test_a_row_that_was_lost_is_not_called_complete(prepare, tmp_path, monkeypatch):
+    photos, write = photographs(tmp_path / "photos"), packed.Rows.write
+    monkeypatch.setattr(packed.Rows, "write", lambda self, rows, values: write(
+        self, rows[:-1] if "done" in self.file.name else rows, values))
+    with pytest.raises(SystemExit, match="lacks 3 rows that were written: give the same command again"):
+        prepare(photos)
+    monkeypatch.undo()
+    prepare(photos)
+    assert packed.read_about(tmp_path / "set")["complete"]
+
+
+def test_a_disk_error_is_no_bad_image(prepare, tmp_path, monkeypatch):
+    """What may pass by the next try stops the run, also with --on-bad skip."""
+    photos, open_ = photographs(tmp_path / "photos"), Image.open
+
+    def broken(path, *args):
+        if str(path).endswith("b/1.png"):
+            raise OSError(5, "Input/output error", str(path))
+        return open_(path, *args)
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(SystemExit, match="data.py: .*Input/output error: .*b/1.png"):
+        prepare(photos, "--on-bad", "skip")
+    monkeypatch.undo()
+    assert (arrays(prepare(photos, "--on-bad", "skip"))["labels"] >= 0).all()
 
 
 def test_limit_is_spread_over_the_classes(prepare, tmp_path):
@@ -165,6 +201,7 @@ def test_another_set_in_the_same_folder_is_refused(prepare, tmp_path):
     before = arrays(prepare(photos))
     other = tiny_vae(tmp_path / "other.pt", seed=1)
     for flags, message in ((["--size", "32"], "was begun with --size 16, not 32"), (["--mirror"], "--mirror False"),
+                           (["--precision", "bf16"], "--precision fp32, not bf16"),
                            (["--vae", str(other)], "was begun with --vae"), (["--limit", "5"], "with other images")):
         with pytest.raises(SystemExit, match=message):
             prepare(photos, *flags)
@@ -347,7 +384,7 @@ def test_samples_do_not_depend_on_the_batch(sample, tmp_path):
     assert one["arr_0"].shape == (7, 16, 16, 3) and one["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     other = sample("--num", "7", "--batch-size", "3", out="other.npz")
     assert abs(one["arr_0"].astype(int) - other["arr_0"]).max() <= 1 and np.array_equal(one["arr_1"], other["arr_1"])
-    assert (tmp_path / "x.png").exists() and not list(tmp_path.glob("*.parts"))
+    assert (tmp_path / "x_grid.png").exists() and not list(tmp_path.glob("*.parts"))
     cut = sample("--num", "7", "--to-uint8", "truncate", out="cut.npz")["arr_0"].astype(int)
     assert 0 < (one["arr_0"].astype(int) - cut).mean() < 1 and (one["arr_0"].astype(int) - cut).min() >= 0
     labels = sample("--num", "40", "--labels", "random", out="random.npz")["arr_1"]
@@ -378,6 +415,9 @@ def test_interrupted_sampling_goes_on(sample, tmp_path, monkeypatch, capsys):
     sample(*flags)
     assert sum(drawn) == before and "x.npz holds these 9 samples already: delete it" in capsys.readouterr().out
     (tmp_path / "x.npz.parts").mkdir()                                      # left by a kill in the midst of tidying up
+    sample(*flags)
+    assert sum(drawn) == before and not (tmp_path / "x.npz.parts").exists()
+    (tmp_path / "x.npz.parts").mkdir()
     np.save(tmp_path / "x.npz.parts" / "00000000.npy", whole["arr_0"][:4])
     sample(*flags, "--seed", "1")                                           # another wish: it is replaced
     assert sum(drawn) == before + 9
@@ -443,7 +483,8 @@ def test_full_disk_while_sampling_keeps_the_parts(checkpoints, tmp_path):
     command = ["--ckpt", checkpoints[sit], "--steps", "1", "--num", "6", "--batch-size", "2", "--device", "cpu",
                "--out", tmp_path / "x.npz"]
     done = on_a_full_disk(3000, "sit", command)
-    assert done.returncode == 1 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "x.npz could not be written (File too large)" in done.stderr and "the same command goes on" in done.stderr
     assert not (tmp_path / "x.npz").exists() and len(list((tmp_path / "x.npz.parts").glob("*.npy"))) == 3
     sit.main([str(c) for c in command])
     assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 6

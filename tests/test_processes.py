@@ -205,22 +205,33 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_nodes_are_one(tmp_path, small_teacher):
-    """Two torchrun agents with a worker each, as on two machines, give one agent's weights bit for bit."""
-    flags, port = ["--steps", "12", "--stop", "6"], free_port()
+@pytest.mark.parametrize("kills", [0, 3])
+def test_two_nodes_are_one(tmp_path, small_teacher, kills):
+    """Two torchrun agents with a worker each, as on two machines, give one agent's weights bit for bit.
+
+    Also when workers are killed, now on one, now on the other: their agents count restarts differently.
+    """
+    flags, port = ["--steps", "400", "--stop", "6", "--resume", "auto", "--save-every", "10"], free_port()
     nodes = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-         "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "haste_train.py"), *TINY, "--eval-every",
-         "0", "--out", str(tmp_path / "nodes"), "--teacher-weights", str(small_teacher), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
-        for _ in range(2)]
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--max-restarts={kills}",
+         "--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "haste_train.py"), *TINY,
+         "--eval-every", "0", "--out", str(tmp_path / "nodes"), "--teacher-weights", str(small_teacher), *flags],
+        stdout=open(tmp_path / f"node{i}.txt", "w"), stderr=subprocess.STDOUT, env=ENV, start_new_session=True)
+        for i in range(2)]
     try:
-        texts = [n.communicate(timeout=300)[0] for n in nodes]
+        for i in range(kills):
+            seen = len(rows_of(tmp_path / "nodes")) if (tmp_path / "nodes" / "log.jsonl").exists() else 0
+            wait_for_step(tmp_path / "nodes", seen + 15)
+            os.kill(workers_of(nodes[i % 2])[0], signal.SIGKILL)
+        for n in nodes:
+            n.wait(300)
     finally:
         for n in nodes:
             if n.poll() is None:
                 os.killpg(n.pid, signal.SIGKILL)
+    texts = [(tmp_path / f"node{i}.txt").read_text() for i in range(2)]
     assert [n.returncode for n in nodes] == [0, 0], texts[0][-2000:] + texts[1][-2000:]
+    assert sum(t.count("going on from step") for t in texts) == kills
     go(2, *flags, out=tmp_path / "one", teacher=small_teacher)
     assert same_weights(checkpoint(tmp_path / "nodes"), checkpoint(tmp_path / "one"))
     assert rows_of(tmp_path / "nodes") == rows_of(tmp_path / "one")

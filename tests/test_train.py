@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -349,6 +350,17 @@ def test_a_restarted_worker_goes_on_even_with_resume_never(tiny_run, tmp_path, m
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     tiny_run("--steps", "4", "--resume", "never")
     assert "going on from step 2" in capsys.readouterr().out
+
+
+def test_restarted_processes_agree_on_their_start():
+    """The first counts; what dead ones have left in the store is read by nobody."""
+    from torch.distributed import HashStore
+    store = HashStore()
+    store.set("question 1", "of one that died before it was answered")
+    for number in (1, 2, 3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: run.agree(store, rank, 3), (2, 0, 1)))
+        assert found == [number] * 3
 
 
 def test_errors_inside_the_loop_keep_their_traceback(tiny_run, monkeypatch):
