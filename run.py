@@ -187,14 +187,14 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                      # TF32, as the official code does
         if self.world > 1 and not dist.is_initialized():
-            store, patience = None, timedelta(hours=hours)
+            store = None
             if told("TORCHELASTIC_USE_AGENT_STORE", "") == "True":
                 store = dist.TCPStore(told("MASTER_ADDR", ""), int(told("MASTER_PORT", 0)), is_master=False,
-                                      timeout=patience)
+                                      timeout=timedelta(minutes=30))
                 number = agree(store, self.rank, self.world)
                 store, self.restarted = dist.PrefixStore(f"start {number}", store), number > 1
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world, timeout=patience)
+                                    world_size=self.world, timeout=timedelta(hours=hours))
 
     def mean(self, values):
         """Mean of a tensor over the processes (on its device)."""

@@ -1,6 +1,7 @@
 """SiT: a flow-matching diffusion transformer, its loss and its samplers, in one file.
 
     python sit.py --ckpt out/ckpt.pt --num 100 --cfg 1.5        draws a grid of samples: out/grid.png
+    torchrun --nproc_per_node=8 -- sit.py --num 50000 --out out/samples.npz        as many as a FID wants; resumes
 
 Papers: SiT (Ma et al. 2024, arXiv 2401.08740), DiT's adaLN-Zero blocks (Peebles & Xie 2023, 2212.09748),
 guidance interval (Kynkaanniemi et al. 2024, 2404.07724), REPA's projector (Yu et al. 2025, 2410.06940).

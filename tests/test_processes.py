@@ -214,7 +214,7 @@ def test_two_nodes_are_one(tmp_path, small_teacher, kills):
     flags, port = ["--steps", "400", "--stop", "6", "--resume", "auto", "--save-every", "10"], free_port()
     nodes = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--max-restarts={kills}",
-         "--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "haste_train.py"), *TINY,
+         "--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / HASTE[0]), *TINY,
          "--eval-every", "0", "--out", str(tmp_path / "nodes"), "--teacher-weights", str(small_teacher), *flags],
         stdout=open(tmp_path / f"node{i}.txt", "w"), stderr=subprocess.STDOUT, env=ENV, start_new_session=True)
         for i in range(2)]
