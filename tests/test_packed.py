@@ -449,9 +449,10 @@ def test_unknown_latents_ask_for_a_file(monkeypatch):
 
 FULL = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))              # no file may grow beyond: as on a full disk
 sys.path.insert(0, {root!r})
 import {module}
+import torch._dynamo                                                        # older torch writes files as it loads
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))              # no file may grow beyond: as on a full disk
 {module}.main({argv!r})
 """
 
