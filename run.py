@@ -295,8 +295,10 @@ class StopSignal:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.restore()
+        if error is None and self.pending:                                  # no process leaves while this is under way
+            self.pending[0].wait()
 
     def restore(self):
         for s, handler in self.before.items():
