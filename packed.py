@@ -145,13 +145,18 @@ def fingerprint(vae):
 def begin(out, about, files, labels):
     """Create the arrays, whole from the start: a disk that is too small says so now, not after a day."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ARRAYS:                                                     # of a start that was killed
-        (out / f"{name}.npy").unlink(missing_ok=True)
+    arrays = [out / f"{name}.npy" for name in ARRAYS]
+    there = [a.name for a in arrays if a.exists()]
+    if there and not (out / "files.json").exists():
+        raise ValueError(f"OUT {out} holds {', '.join(there)} from elsewhere: name an empty folder")
+    for array in arrays:                                                    # ours, of a start that was killed
+        array.unlink(missing_ok=True)
     need = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layouts(about).values())
     free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"OUT {out} needs {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free: make room, "
                       f"choose another disk, or --limit the images")
+    (out / "files.json").write_text(json.dumps(files))
     try:
         for name, (shape, dtype) in layouts(about).items():
             np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, shape).flush()
@@ -159,14 +164,13 @@ def begin(out, about, files, labels):
                 with open(out / f"{name}.npy", "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
-        for name in ARRAYS:
-            (out / f"{name}.npy").unlink(missing_ok=True)
+        for file in (*arrays, out / "files.json"):
+            file.unlink(missing_ok=True)
         raise OSError(f"OUT {out} needs {need / 1e9:.1f} GB and could not be laid out ({e}): choose another disk, or "
                       f"--limit the images") from None
     array = np.load(out / "labels.npy", mmap_mode="r+")
     array[:] = labels
     array.flush()
-    (out / "files.json").write_text(json.dumps(files))
     write_about(out, about)                                                 # last: it says that the rest is there
 
 
@@ -179,11 +183,11 @@ def write_about(out, about):
 def resume(out, about, files):
     """Check that what OUT holds is of the same images and settings."""
     was = read_about(out)
-    for name, flag in (("size", "--size"), ("mirror", "--mirror"), ("precision", "--precision"), ("vae", "--vae"),
-                       ("fingerprint", "--vae")):
-        if was.get(name) != about[name]:
-            raise ValueError(f"OUT {out} was begun with {flag} {was.get(name)}, not {about[name]}: give the same flags "
-                             f"to go on, or another OUT")
+    for name in ("size", "mirror", "precision", "fingerprint"):
+        if was[name] != about[name]:
+            shown = "vae" if name == "fingerprint" else name                # by its weights, not by its name
+            raise ValueError(f"OUT {out} was begun with --{shown} {was[shown]}, not {about[shown]}: give the same "
+                             f"flags to go on, or another OUT")
     try:
         same = json.loads((out / "files.json").read_text()) == files and was["classes"] == about["classes"]
     except (OSError, ValueError):
@@ -266,7 +270,7 @@ def pack(args, net, files, about, progress, device):
 
 
 def prepare(args, processes):
-    """FOLDER -> OUT, each process the rows rank, rank + world, ... of those that are to be done."""
+    """FOLDER -> OUT, each process an equal share of the rows that are to be done, neighbours together."""
     import run
     import vae
     out = Path(args.out)

@@ -91,12 +91,15 @@ def test_interrupted_preparation_goes_on(prepare, tmp_path, monkeypatch, capsys)
 
 
 def test_a_start_that_was_killed_leaves_room_for_the_next(prepare, tmp_path, monkeypatch):
-    """Arrays without data.json are nobody's: they go before the disk is asked for room."""
+    """Arrays without data.json go before the disk is asked for room."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "images.npy").write_bytes(b"left over")
+    with pytest.raises(SystemExit, match="OUT .*set holds images.npy from elsewhere: name an empty folder"):
+        prepare(photographs(tmp_path / "photos"))                           # not ours to delete
+    (tmp_path / "set" / "files.json").write_text("[]")                      # the mark of a start
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda p: (list(p.glob("*.npy")) and 1 / 0, usage(p))[1])
-    assert arrays(prepare(photographs(tmp_path / "photos")))["done"].all()
+    assert arrays(prepare(tmp_path / "photos"))["done"].all()
 
 
 def test_a_row_that_was_lost_is_not_called_complete(prepare, tmp_path, monkeypatch):
