@@ -113,7 +113,8 @@ def read_about(folder):
         about = json.loads(path.read_text())
         return {name: about[name] for name in ABOUT}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} cannot be read ({e}): is {folder} a folder made by data.py prepare?") from None
+        why = f"it lacks {e}" if isinstance(e, KeyError) else e
+        raise ValueError(f"{path} cannot be read ({why}): is {folder} a folder made by data.py prepare?") from None
 
 
 def layouts(about):

@@ -181,12 +181,12 @@ class AutoencoderKL(nn.Module):
             if re.search(r"attn.*\.(q|k|v|proj_out)\.weight", k) and w.ndim == 2:
                 sd[k] = w[:, :, None, None]
         try:
-            count = 1 + max(int(k.split(".")[2]) for k in sd if k.startswith("encoder.down."))
+            count = len({k.split(".")[2] for k in sd if k.startswith("encoder.down.")})
             ch_mult = [len(sd[f"encoder.down.{i}.block.0.conv2.bias"]) // WIDTH for i in range(count)]
             with torch.device("meta"):                                      # no time lost on an initialisation
                 vae = AutoencoderKL(ch_mult, sd["post_quant_conv.weight"].shape[0],
                                     any(k.startswith(f"encoder.down.{count - 1}.attn.") for k in sd))
-        except (KeyError, ValueError) as e:
+        except (KeyError, ValueError, IndexError) as e:
             raise ValueError(f"holds no KL autoencoder of latent diffusion ({e} is missing)") from None
         own = {k: tuple(w.shape) for k, w in vae.state_dict().items()}
         wrong = sorted(k for k in own.keys() | sd.keys() if own.get(k) != tuple(getattr(sd.get(k), "shape", ())))
