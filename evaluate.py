@@ -72,14 +72,14 @@ def draw_samples(num, draw, processes, batch=256):
     return processes.gather(torch.cat([draw(rows) for rows in index.split(batch)]))[:num].cpu()
 
 
-def write_samples(path, num, draw, labels_of, batch, processes, settings, columns):
+def write_samples(path, num, draw, labels_of, batch, processes, model, settings, columns):
     """Samples 0 ... num - 1 to PATH: a grid (.png), or all of them (.npz) and a grid of the first hundred beside it.
 
     The .npz has ADM's layout: arr_0 images uint8 [N,H,W,3], arr_1 labels [N]; and `settings`, a line that says what
     they are. It is put together from parts in PATH.parts, each written whole: after a crash the same command goes on,
     on any number of processes and with any batch. draw(rows) -> uint8 [b,C,H,W]; labels_of(rows) -> int64 [b].
     """
-    path, settings = Path(path), json.dumps(settings, sort_keys=True)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
         images = draw_samples(num, draw, processes, batch)
@@ -87,6 +87,8 @@ def write_samples(path, num, draw, labels_of, batch, processes, settings, column
             save_grid(images, path, columns)
         return processes.print(f"{path}: {num} samples")
     parts = path.with_name(path.name + ".parts")
+    if processes.main:                                                      # who asks for it, and of whose weights
+        settings = json.dumps({**settings, "weights": run.weights_hash(model)}, sort_keys=True)
     todo = processes.share(lambda: to_do(path, parts, num, settings))
     if todo is None:
         return processes.print(f"{path} holds these {num} samples already: delete it to draw them anew")

@@ -466,10 +466,9 @@ def sample_images(args, processes):
         return evaluate.to_bytes(decode(x), args.to_uint8)
     free = ("ckpt", "num", "batch_size", "device", "out")                   # the rest says what the samples are
     settings = {**{k: v for k, v in vars(args).items() if k not in free}, "path": path,
-                "precision": run.precision(args.precision, device),
-                "weights": processes.main and run.weights_hash(model)}
+                "precision": run.precision(args.precision, device)}
     columns = 10 if args.labels == "random" else min(10, model.num_classes)
-    evaluate.write_samples(args.out, args.num, draw, labels_of, args.batch_size, processes, settings, columns)
+    evaluate.write_samples(args.out, args.num, draw, labels_of, args.batch_size, processes, model, settings, columns)
 
 
 if __name__ == "__main__":
