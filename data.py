@@ -1,27 +1,25 @@
-"""Training images: the embedded digits, torchvision's small sets, folders of class folders; and the order they come in.
+"""Training images: digits, torchvision's small sets, folders of photographs, and packed folders.
 
-    open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER | PACKED) -> Data
-    python data.py prepare FOLDER PACKED        crops and encodes a folder of photographs once: packed.py
+    data = open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER | PACKED)
+    images, labels = data.train.read(rows)                      # uint8 [b,C,H,W], int64 [b]
+    for images, moments, labels in batches(data.train, seed=0, start=0, batch_size=256): ...
 
-A set answers `read(rows) -> images uint8 [b,C,H,W], labels int64 [b]`. Everything about the order is a pure function of
+PACKED is what prepare.py makes of FOLDER. The order of the images is a pure function of
 (seed, step): nothing depends on the number of processes, and a resumed run needs only its step.
 
-digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16, of the test set of "Optical
-Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0), the same as
-scikit-learn's load_digits.
+digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16, of the test set of
+"Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
+Repository, CC BY 4.0), the same as scikit-learn's load_digits.
+
+Letters: N rows of a set, b rows read, C channels, H W (or S) side in pixels, h w side of a latent.
 """
+import json
 import math
 import os
-import pickle
 import re
-import struct
-import sys
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from http.client import HTTPException
 from pathlib import Path
 from typing import Optional
 
@@ -29,19 +27,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-DIGITS_FILE, DIGITS_MAX, DIGITS_TRAIN = Path(__file__).with_name("digits.npz"), 16, 1500
+DIGITS_FILE = Path(__file__).with_name("digits.npz")
+DIGITS_MAX = 16         # the brightest value
+DIGITS_TRAIN = 1500     # the others are held out
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
-NO_ARCHIVE = (OSError, KeyError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)     # what zip and numpy raise
-NO_IMAGE = (OSError, SyntaxError, Image.DecompressionBombError)            # what PIL raises for files it cannot read
-LONGEST = 100                                                               # of panoramas, in short sides
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+MAX_ASPECT = 100        # a longer panorama would fill the memory when its short side is enlarged
+READERS = 8             # threads that wait for the disk, or decode: PIL works outside Python's lock
 
 
 class ArraySet:
-    """Images that fit in memory: uint8 [M,C,H,W] with labels [M]."""
+    """Images that fit in memory: uint8 [N,C,H,W] with labels [N]."""
 
     def __init__(self, images, labels):
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+        self.images = torch.as_tensor(images)
+        self.labels = torch.as_tensor(labels).long()
 
     def __len__(self):
         return len(self.labels)
@@ -51,18 +51,21 @@ class ArraySet:
 
 
 class FolderSet:
-    """Photographs in class folders, decoded and cropped when they are asked for."""
+    """Photographs in class folders, decoded and cropped when they are read."""
 
     def __init__(self, files, labels, size):
-        self.files, self.labels, self.size = files, torch.as_tensor(labels).long(), size
-        self.pool = ThreadPoolExecutor(8)                                   # PIL decodes outside the interpreter's lock
+        self.files = files
+        self.labels = torch.as_tensor(labels).long()
+        self.size = size
+        self.pool = ThreadPoolExecutor(READERS)
 
     def __len__(self):
         return len(self.files)
 
     def read_one(self, row):
         with open_image(self.files[row]) as image:
-            return torch.from_numpy(np.array(center_crop(image, self.size))).permute(2, 0, 1)      # [3,H,W]
+            pixels = np.array(center_crop(image, self.size))            # [S,S,3]
+        return torch.from_numpy(pixels).permute(2, 0, 1)                # [3,S,S]
 
     def read(self, rows):
         return torch.stack(list(self.pool.map(self.read_one, rows))), self.labels[rows]
@@ -70,47 +73,97 @@ class FolderSet:
 
 @dataclass
 class Data:
-    train: object      # ArraySet or FolderSet
-    held: object       # the same, or None where the source holds nothing out
+    """A data set, and what it requires of a model."""
+
+    train: object      # ArraySet, FolderSet or PackedSet
+    held: object       # the same, or None if nothing is held out
     size: int          # side of an image in pixels
     channels: int      # 1 grey, 3 RGB
     classes: list      # names, in the order of the labels
-    packed: Optional[dict] = None  # packed sets: what data.json says (channels, latent_size, scale, vae, mirror ...)
+    packed: Optional[dict] = None  # of packed sets: what data.json says (ABOUT)
 
     @property
     def shape(self):
-        """[C,h,w] of what a model learns to make: latents where there are any, else pixels."""
-        p = self.packed
-        return (p["channels"], p["latent_size"], p["latent_size"]) if p else (self.channels, self.size, self.size)
+        """Return [C,h,w] of what a model learns: latents if the set is packed, else pixels."""
+        if self.packed:
+            side = self.packed["latent_size"]
+            return self.packed["channels"], side, side
+        return self.channels, self.size, self.size
+
+    def check(self, cfg, saved, **arch):
+        """Refuse data that does not fit the flags, or the checkpoint to resume from.
+
+        cfg: a training program's configuration. saved: the checkpoint, or None. `arch` is what the
+        data requires of the model, under the names of the checkpoint's "arch". Raises ValueError.
+        """
+        packed = self.packed
+        if packed is None:
+            if cfg.latent_channels is not None:
+                raise ValueError(f"--latent-channels {cfg.latent_channels} is for packed data, and "
+                                 f"--data {cfg.data} is not: run prepare.py on the photographs and "
+                                 f"name its folder")
+        else:
+            if cfg.latent_channels not in (None, packed["channels"]):
+                raise ValueError(f"--latent-channels {cfg.latent_channels} is not what --data "
+                                 f"{cfg.data} has, {packed['channels']} (--vae {packed['vae']}): "
+                                 f"prepare it with the other autoencoder")
+            if cfg.mirror and not packed["mirror"]:
+                raise ValueError(f"--mirror {cfg.mirror} needs the mirror images' latents, and "
+                                 f"--data {cfg.data} has none: give --no-mirror, or prepare it "
+                                 f"with --mirror")
+        if not saved:
+            return
+
+        was = saved["arch"]
+        now = {**arch, "num_classes": len(self.classes)}
+        wrong = ", ".join(f"{k} {v} (was {was[k]})" for k, v in now.items() if was[k] != v)
+        before = saved.get("packed_from")
+        if packed and before and packed["fingerprint"] != before["fingerprint"]:
+            wrong = wrong or f"another autoencoder, {packed['vae']} (was {before['vae']})"
+        if wrong:
+            raise ValueError(f"--data {cfg.data} is not what the checkpoint was trained on: "
+                             f"{wrong}. Put that data back, or start over with another --out")
 
 
 # ---- sources
 
 def open_data(source, image_size=None, root="out/data"):
-    """Open a data set by name or folder. Raises ValueError or OSError with one line that says what to do.
+    """Return the Data of a set's name or of a folder. Raises ValueError or OSError, one line.
 
-    `image_size` is for folders, whose photographs are cropped to it; the other sets have their own size.
-    `root` is where torchvision's sets are kept once downloaded.
+    `image_size` is for folders of photographs, which are cropped to it; the other sets have a size
+    of their own. `root` is where torchvision keeps the sets that it has downloaded.
     """
-    if source != "digits" and source not in TORCHVISION_SETS:
-        if Path(source, "data.json").is_file():
-            import packed
-            return packed.open_packed(source, image_size)
+    if source == "digits":
+        data = _digits()
+    elif source in TORCHVISION_SETS:
+        data = _torchvision(source, root)
+    elif Path(source, "data.json").is_file():
+        packed = PackedSet(source)
+        data = Data(packed, None, packed.about["size"], 3, packed.about["classes"], packed.about)
+    else:
         return _folders(Path(source), image_size)
-    data = _digits() if source == "digits" else _torchvision(source, root)
+
     if image_size not in (None, data.size):
-        raise ValueError(f"--image-size {image_size} does not fit --data {source}, whose images are {data.size} pixels "
-                         f"wide: leave it out")
+        remedy = f"whose images are {data.size} pixels wide: leave it out"
+        if data.packed:
+            remedy = (f"which was prepared with --size {data.size}: leave it out, or prepare the "
+                      f"images again")
+        raise ValueError(f"--image-size {image_size} does not fit --data {source}, {remedy}")
     return data
 
 
 def _digits():
     with np.load(DIGITS_FILE) as f:
-        images, labels = f["images"], f["labels"]                           # [1797,8,8] values 0 ... 16
-    images = np.round(images * (255 / DIGITS_MAX)).astype(np.uint8)[:, None]
-    order = np.random.RandomState(0).permutation(len(images))               # the fixed split; RandomState never changes
-    train, held = (ArraySet(images[rows], labels[rows]) for rows in (order[:DIGITS_TRAIN], order[DIGITS_TRAIN:]))
-    return Data(train, held, images.shape[-1], 1, [str(i) for i in range(10)])
+        images = f["images"]                                            # [1797,8,8] values 0 ... 16
+        labels = f["labels"]
+    images = np.round(images * (255 / DIGITS_MAX)).astype(np.uint8)[:, None]    # [1797,1,8,8]
+
+    # the fixed split; numpy promises that RandomState never changes
+    order = np.random.RandomState(0).permutation(len(images))
+    train = order[:DIGITS_TRAIN]
+    held = order[DIGITS_TRAIN:]
+    return Data(ArraySet(images[train], labels[train]), ArraySet(images[held], labels[held]),
+                images.shape[-1], 1, [str(i) for i in range(10)])
 
 
 def _torchvision(name, root):
@@ -118,202 +171,263 @@ def _torchvision(name, root):
     make = getattr(torchvision.datasets, TORCHVISION_SETS[name])
     try:
         sets = [make(root, train=train, download=True) for train in (True, False)]
-    except (RuntimeError, OSError, HTTPException) as e:
-        raise OSError(f"--data {name} could not be downloaded to {root} ({' '.join(str(e).split())}): connect once, "
-                      f"or copy torchvision's files there, or use --data digits") from None
+    except Exception as e:
+        raise OSError(f"--data {name} could not be downloaded to {root} ({_line(e)}): connect "
+                      f"once, or copy torchvision's files there, or use --data digits") from None
     arrays = []
     for s in sets:
-        images = torch.as_tensor(s.data)                                    # [M,H,W] grey or [M,H,W,3]
+        images = torch.as_tensor(s.data)                                # [N,H,W] grey or [N,H,W,3]
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         arrays.append(ArraySet(images.contiguous(), s.targets))
-    return Data(*arrays, arrays[0].images.shape[-1], arrays[0].images.shape[1], list(sets[0].classes))
+    train, held = arrays
+    return Data(train, held, train.images.shape[-1], train.images.shape[1], list(sets[0].classes))
 
 
 def class_folders(folder, flag="--data"):
-    """FOLDER/class/..., or FOLDER/train/class/... -> the folder of the classes, and their names, sorted."""
+    """Return the folder that holds the class folders, and the names of the classes, sorted.
+
+    It is FOLDER/train if that exists, else FOLDER. `flag` is what error messages call the folder.
+    """
     if not folder.is_dir():
-        sets = f" of images or from data.py prepare, and none of digits, {', '.join(TORCHVISION_SETS)}"
-        raise ValueError(f"{flag} {folder} is no folder" + (sets if flag == "--data" else ""))
+        problem = f"{flag} {folder} is not a folder"
+        if flag == "--data":
+            problem += (f" of images or of prepare.py, nor one of digits, "
+                        f"{', '.join(TORCHVISION_SETS)}")
+        raise ValueError(problem)
     top = folder / "train" if (folder / "train").is_dir() else folder
     classes = sorted(d.name for d in top.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
-        raise ValueError(f"{flag} {folder} has no class folders: put each class's images into a folder of their own")
+        raise ValueError(f"{flag} {folder} has no class folders: put the images of each class into "
+                         f"a folder of their own")
     return top, classes
 
 
 def class_files(top, classes, flag="--data"):
-    """Files and labels of all images below the class folders, in a fixed order."""
-    found = [(f, i) for i, c in enumerate(classes) for f in sorted((top / c).rglob("*"))
-             if f.suffix.lower() in IMAGE_SUFFIXES]
-    if not found:
-        raise ValueError(f"{flag} {top}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    return zip(*found)
+    """Return files and labels of all images below the class folders, in a fixed order."""
+    files = []
+    labels = []
+    for label, name in enumerate(classes):
+        found = [f for f in sorted((top / name).rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise ValueError(f"{flag} {top}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its "
+                         f"class folders")
+    return files, labels
 
 
 def _folders(folder, size):
-    """FOLDER/class/*.jpg, or FOLDER/train/class/... with FOLDER/test or FOLDER/val held out."""
+    """Open FOLDER/class/*.jpg, or FOLDER/train/class/* with FOLDER/test or FOLDER/val held out."""
     top, classes = class_folders(folder)
-    held = next((folder / n for n in ("test", "val") if top != folder and (folder / n).is_dir()), None)
     size = size or _common_size(top)
 
     def scan(top):
         files, labels = class_files(top, classes)
-        with ThreadPoolExecutor(8) as pool:                                 # headers: a bad file stops the run now
+        with ThreadPoolExecutor(READERS) as pool:       # headers only: a bad file stops the run now
             list(pool.map(lambda f: open_image(f).close(), files))
         return FolderSet(files, labels, size)
-    return Data(scan(top), scan(held) if held else None, size, 3, classes)
+
+    held = None
+    if top != folder:
+        held = next((folder / n for n in ("test", "val") if (folder / n).is_dir()), None)
+    train = scan(top)
+    return Data(train, held and scan(held), size, 3, classes)
 
 
 def _common_size(folder):
-    """The side of the first image, where it is square and small; photographs need --image-size."""
-    first = next((f for f in sorted(folder.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES), None)
+    """Return the side of the first image if it is square and small; else demand --image-size."""
+    found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES)
+    first = next(found, None)
     if first is None:
         raise ValueError(f"--data {folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     with open_image(first) as image:
         if image.width == image.height <= 64:
             return image.width
-        raise ValueError(f"--data {folder} needs --image-size: {first.name} is {image.width} x {image.height} pixels")
+        raise ValueError(f"--data {folder} needs --image-size: {first.name} is {image.width} x "
+                         f"{image.height} pixels")
 
+
+# ---- photographs
 
 def open_image(path):
-    """PIL image, header read. Raises ValueError naming the file when it is none, or deeper than 8 bits a channel."""
+    """Return a PIL image of which only the header has been read.
+
+    Raises ValueError naming the file if it is not an image, or deeper than 8 bits a channel, and
+    OSError if the disk could not read it.
+    """
     try:
         image = Image.open(path)
-    except NO_IMAGE as e:
-        if getattr(e, "errno", None):                                       # the disk's fault, not the image's
+    except Exception as e:
+        if _machines_fault(e):
             raise
-        raise ValueError(f"{path} is no image that PIL reads ({type(e).__name__}): repair or remove it") from None
-    raw = f"{image.mode} {[tile[3] for tile in image.tile]}"                # PIL would clip what is deeper
+        raise ValueError(f"{path} is not an image that PIL reads ({type(e).__name__}): repair or "
+                         f"remove it") from None
+    # deeper images would be clipped: PIL shows the depth in the mode or in the decoder's arguments
+    raw = f"{image.mode} {[tile[3] for tile in image.tile]}"
     if image.mode in ("I", "F") or re.search(r"\b(I|LA?|RGBA?);16", raw):
         raise ValueError(f"{path} has more than 8 bits a channel: convert it to 8 bits first")
     return image
 
 
 def center_crop(image, size):
-    """ADM's crop to RGB size x size (Dhariwal & Nichol 2021): halve while large, resize the short side, cut out."""
+    """Return a PIL image's center, RGB, size x size: ADM's crop (Dhariwal & Nichol 2021).
+
+    Halve while large, resize the short side to `size`, cut out the middle. Raises ValueError naming
+    the file if it cannot be decoded or is far too long, and OSError if the disk could not read it.
+    """
     name = getattr(image, "filename", "image")
-    if max(image.size) > LONGEST * min(image.size):                         # enlarged, it would fill the memory
-        raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {LONGEST} times as long as wide: "
-                         f"remove it")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels, more than {MAX_ASPECT} "
+                         f"times as long as wide: remove it")
     try:
-        image = image.convert("RGB")                                        # decodes; grey, palette, CMYK and alpha too
-    except NO_IMAGE as e:
-        if getattr(e, "errno", None):
+        image = image.convert("RGB")                    # decodes; grey, palette, CMYK and alpha too
+    except Exception as e:
+        if _machines_fault(e):
             raise
-        raise ValueError(f"{name} cannot be decoded ({e}): repair or remove it") from None
+        raise ValueError(f"{name} cannot be decoded ({_line(e)}): repair or remove it") from None
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-# ---- images to be compared, by fid.py: exactly as they are
+def _machines_fault(error):
+    """Return whether an error is the disk's or the memory's: the next try may read the file."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
-class ImageFiles:
-    """A folder's images, any depth: a length, and slices as uint8 [B,3,H,W].
 
-    In the order of their paths; those of several folders, which may be classes, in a fixed random order, so that the
-    Inception Score's splits of consecutive images have all classes.
+def _line(error):
+    """Return an error's text on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- packed folders: written by prepare.py, which describes the files
+
+ABOUT = ("complete", "rows", "size", "mirror", "vae", "fingerprint", "precision", "channels",
+         "latent_size", "scale", "classes", "skipped")                  # what data.json says
+
+
+def read_about(folder):
+    """Return what FOLDER/data.json says, a dict with the names of ABOUT. Raises ValueError."""
+    path = Path(folder, "data.json")
+    try:
+        about = json.loads(path.read_text())
+        return {name: about[name] for name in ABOUT}
+    except Exception as e:
+        why = f"it lacks {e}" if isinstance(e, KeyError) else _line(e)
+        raise ValueError(f"{path} cannot be read ({why}): is {folder} a folder made by "
+                         f"prepare.py?") from None
+
+
+def layouts(about):
+    """Return {array: (shape, dtype)} of a packed folder; V = 2 with mirror images, else 1."""
+    N = about["rows"]
+    S = about["size"]
+    V = 1 + about["mirror"]
+    C = about["channels"]
+    h = about["latent_size"]
+    return {"images": ((N, 3, S, S), "uint8"),
+            "moments": ((N, V, 2 * C, h, h), "float16"),
+            "labels": ((N,), "int64"),
+            "done": ((N,), "uint8")}
+
+
+class Rows:
+    """Rows of an .npy file, read and written instead of mapped.
+
+    Mapped pages would count as the process's own memory, and two machines that write to one page of
+    a network disk would undo each other's rows. Raises ValueError if the file is not what data.json
+    says.
     """
 
-    def __init__(self, folder, crop=None):
-        found = [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
-        self.files = sorted(f for f in found if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        if len({f.parent for f in self.files}) > 1:
-            self.files = [self.files[i] for i in np.random.RandomState(0).permutation(len(self.files))]
-        self.crop, self.pool = crop, ThreadPoolExecutor(8)
-        self.size = read_image(self.files[0], crop).size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, rows):
-        images = list(self.pool.map(lambda f: read_image(f, self.crop), self.files[rows]))
-        for file, image in zip(self.files[rows], images):
-            if image.size != self.size:
-                raise ValueError(f"images of mixed sizes: {file} is {image.width} x {image.height}, {self.files[0]} is "
-                                 f"{self.size[0]} x {self.size[1]}; --crop SIZE cuts all to one size")
-        return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
-
-
-def read_image(path, crop=None):
-    """File -> PIL image in RGB, cropped to a square where asked for; nothing is silently rounded or made opaque."""
-    try:
-        with open_image(path) as image:
-            image.load()
-    except NO_IMAGE as e:
-        raise ValueError(f"{path} cannot be decoded ({e}): repair or remove it") from None
-    if "A" in image.getbands() or "transparency" in image.info:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise ValueError(f"{path} is partly transparent: put it on a background first")
-    return center_crop(image, crop) if crop else image.convert("RGB")
-
-
-class ImageArchive:
-    """Images of an .npz (`arr_0`, uint8 [N,H,W,3], as ADM's), read piece by piece: 50,000 would fill the memory."""
-
-    def __init__(self, path):
-        self.path, self.file = path, zipfile.ZipFile(path).open("arr_0.npy")
-        header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(self.file)[0] == 1 \
-            else np.lib.format.read_array_header_2_0
-        self.shape, fortran, dtype = header(self.file)
-        self.right = dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] in (1, 3) and not fortran
-        self.start, self.image_bytes = self.file.tell(), math.prod(self.shape[1:])
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        first, last, _ = rows.indices(len(self))
+    def __init__(self, path, shape, dtype, mode="rb"):
+        path = Path(path)
+        remedy = "copy it again, or run prepare.py with an empty folder"
         try:
-            self.file.seek(self.start + first * self.image_bytes)
-            pixels = bytearray(self.file.read((last - first) * self.image_bytes))
-            images = np.frombuffer(pixels, np.uint8).reshape(last - first, *self.shape[1:])
-        except (ValueError, *NO_ARCHIVE) as e:
-            raise ValueError(f"{self.path} is damaged at images {first} to {last} ({e}): copy it again") from None
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+            self.file = open(path, mode)
+            version = np.lib.format.read_magic(self.file)
+            header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(self.file)
+        except Exception as e:
+            raise ValueError(f"{path} is missing or damaged ({_line(e)}): {remedy}") from None
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        if header != (self.shape, False, self.dtype):
+            raise ValueError(f"{path} holds {header[2]} {list(header[0])}, but data.json says "
+                             f"{dtype} {list(shape)}: {remedy}")
+
+        self.start = self.file.tell()                                   # of the first row, in bytes
+        self.row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        whole = self.start + shape[0] * self.row_bytes
+        there = path.stat().st_size
+        if there != whole:
+            raise ValueError(f"{path} has {there:,} bytes of {whole:,}: cut short; {remedy}")
+        self.pool = ThreadPoolExecutor(READERS)
+
+    def read(self, rows):
+        """Return the rows, an int array [b], as a tensor [b,...]."""
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+
+        def part(first):
+            for i in range(first, len(rows), READERS):
+                row = int(rows[i])
+                begin = self.start + row * self.row_bytes
+                raw = os.pread(self.file.fileno(), self.row_bytes, begin)
+                if len(raw) != self.row_bytes:
+                    raise OSError(f"{self.file.name} ends in the middle of row {row}: copy it "
+                                  f"again")
+                out[i] = np.frombuffer(raw, self.dtype).reshape(out.shape[1:])
+
+        # threads, because each waits for the disk, and does so without Python's lock
+        list(self.pool.map(part, range(min(READERS, len(rows)))))
+        return torch.from_numpy(out)
+
+    def write(self, rows, values):
+        """Write values [b,...] to the rows [b]; they are on the disk when this returns."""
+        remedy = "make room, and the same command resumes"
+        for row, value in zip(rows, np.asarray(values, self.dtype)):
+            raw = value.tobytes()
+            begin = self.start + int(row) * self.row_bytes
+            try:
+                written = os.pwrite(self.file.fileno(), raw, begin)
+            except OSError as e:
+                problem = f"{self.file.name} could not be written ({e.strerror})"
+                raise OSError(f"{problem}: {remedy}") from None
+            if written != len(raw):                     # the first sign of a full disk
+                raise OSError(f"{self.file.name} could only be written in part: {remedy}")
+        if len(rows):
+            os.fsync(self.file.fileno())
 
 
-def open_images(source, crop=None):
-    """Images to be compared, or statistics made from them -> (images or None, {"mu": ..., "sigma": ...} or None).
+class PackedSet:
+    """Images and moments of a packed folder; rows whose file was skipped do not count."""
 
-    `source` is a folder, an .npz (`arr_0`, or statistics, or both), a .pt with a tensor uint8 [N,C,H,W], or a set's
-    name, which stands for its training images. Images have a length and slices, uint8 [B,C,H,W].
-    Raises ValueError or OSError with one line.
-    """
-    path, stats = Path(source), {}
-    if source == "digits" or source in TORCHVISION_SETS:
-        return open_data(source).train.images, None
-    if path.is_dir():
-        return ImageFiles(path, crop), None
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a folder of images, an .npz, a .pt with a tensor, or one "
-                                f"of digits, {', '.join(TORCHVISION_SETS)}")
-    try:
-        if path.suffix.lower() == ".npz":
-            with np.load(path) as f:
-                names = f.files
-                stats = {n: f[n] for n in ("mu", "sigma", "mu_s", "sigma_s", "num", "features") if n in names}
-            images = ImageArchive(path) if "arr_0" in names else None
-        else:
-            images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (ValueError, RuntimeError, pickle.UnpicklingError, *NO_ARCHIVE) as e:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(e).split()) or type(e).__name__}): cut short, or "
-                         f"neither .npz nor .pt") from None
-    stats = stats if {"mu", "sigma"} <= stats.keys() else None
-    if images is None and stats is None:
-        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma) but {', '.join(names)}")
-    if isinstance(images, ImageArchive) and not images.right:
-        raise ValueError(f"{path}: arr_0 is no images, uint8 [N,H,W,3]")
-    if not isinstance(images, (ImageArchive, type(None))) and not (
-            isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-            and images.shape[1] in (1, 3)):
-        raise ValueError(f"{path} holds no tensor of images, uint8 [N,3,H,W]")
-    return images, stats
+    def __init__(self, folder):
+        self.about = read_about(folder)
+        if not self.about["complete"]:
+            raise ValueError(f"--data {folder} is not finished: run prepare.py once more with the "
+                             f"same flags")
+        arrays = {}                                     # all are opened: a damaged one is found now
+        for name, layout in layouts(self.about).items():
+            arrays[name] = Rows(Path(folder, f"{name}.npy"), *layout)
+        self.images = arrays["images"]
+        self.latents = arrays["moments"]
+        labels = np.load(Path(folder, "labels.npy"))
+        self.rows = np.flatnonzero(labels >= 0)                         # set's row -> array's row
+        self.labels = torch.from_numpy(labels[self.rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, rows):
+        """Return images uint8 [b,3,S,S] and labels [b] of the rows [b]."""
+        return self.images.read(self.rows[np.asarray(rows)]), self.labels[rows]
+
+    def moments(self, rows):
+        """Return mean and standard deviation of the rows [b], float16 [b,V,2C,h,w]."""
+        return self.latents.read(self.rows[np.asarray(rows)])
 
 
 # ---- order
@@ -324,77 +438,100 @@ def _epoch(length, seed, epoch):
 
 
 def global_rows(length, seed, step, batch_size):
-    """Rows of global batch `step`: a pure function of its arguments. Epochs follow one another without a gap."""
+    """Return the rows of global batch `step`. Epochs follow one another without a gap."""
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([_epoch(length, seed, int(e))[i] for e, i in zip(at // length, at % length)])
 
 
-def batches(dataset, seed, start, batch_size, mine=slice(None), pin=False, wanted=lambda step: True):
-    """Endless (images, moments, labels): the rows `mine` of global batches start, start + 1, ...; one is read ahead.
+def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
+            wanted=lambda step: True):
+    """Yield (images, moments, labels) on `device`: the rows `mine` of global batches start, ...
 
-    Only packed sets have moments; their images are None in steps where `wanted(step)` is false: nobody looks at them.
+    Endless. Only packed sets have moments, else they are None. The images of packed sets are None
+    in steps for which `wanted(step)` is false: nobody looks at them.
     """
+    device = torch.device(device)
+
     def read(step):
         rows = torch.from_numpy(global_rows(len(dataset), seed, step, batch_size)[mine])
-        moments = dataset.moments(rows) if hasattr(dataset, "moments") else None
-        images = dataset.read(rows)[0] if moments is None or wanted(step) else None
-        batch = images, moments, dataset.labels[rows]
-        return [b.pin_memory() if pin and b is not None else b for b in batch]
-    with ThreadPoolExecutor(1) as ahead:
+        images = moments = None
+        if hasattr(dataset, "moments"):
+            moments = dataset.moments(rows)
+        if moments is None or wanted(step):
+            images, _ = dataset.read(rows)
+        batch = [images, moments, dataset.labels[rows]]
+        if device.type == "cuda":                       # a copy from pinned memory need not wait
+            batch = [None if b is None else b.pin_memory() for b in batch]
+        return batch
+
+    with ThreadPoolExecutor(1) as ahead:                # one batch is read while another is used
         coming = ahead.submit(read, start)
         while True:
             start += 1
-            batch, coming = coming.result(), ahead.submit(read, start)
-            yield batch
+            batch = coming.result()
+            coming = ahead.submit(read, start)
+            yield [None if b is None else b.to(device, non_blocking=True) for b in batch]
 
+
+# ---- what a batch becomes
 
 def mirror(images, mirrored):
     """Mirror the images [b,C,H,W] (or None) for which mirrored [b] is true."""
-    return None if images is None else torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    if images is None:
+        return None
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def to_latents(moments, mirrored, noise, scale):
-    """A draw from the autoencoder's posterior: moments [b,V,2C,h,w], noise [b,C,h,w] -> scaled latents [b,C,h,w]."""
-    views = mirrored.long() if moments.shape[1] == 2 else torch.zeros_like(mirrored, dtype=torch.long)
-    mean, std = moments[torch.arange(len(moments), device=moments.device), views].float().chunk(2, dim=1)
+    """Draw scaled latents [b,C,h,w] from the autoencoder's posterior.
+
+    moments [b,V,2C,h,w], mirrored [b] bool, noise [b,C,h,w] standard normal.
+    """
+    view = mirrored.long()                              # [b] 0 the image, 1 its mirror image
+    if moments.shape[1] == 1:
+        view = torch.zeros_like(view)
+    chosen = moments[torch.arange(len(moments), device=moments.device), view]   # [b,2C,h,w]
+    mean, std = chosen.float().chunk(2, dim=1)
     return scale * (mean + std * noise)
 
 
 def to_rgb(images):
-    """[B,C,H,W] grey or RGB -> [B,3,H,W]."""
+    """Return grey or RGB images [B,C,H,W] as [B,3,H,W]."""
     return images.expand(-1, 3, -1, -1)
 
 
 def to_pixels(images):
-    """uint8 [B,C,H,W] -> float32 in [-1, 1]."""
+    """Convert uint8 [B,C,H,W] to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(pixels, how="round"):
-    """[-1, 1] -> uint8, by "round" or "truncate": the papers differ, and FID notices."""
+    """Convert [-1, 1] to uint8, by "round" or "truncate": the papers differ, and FID notices."""
     values = (pixels.float() + 1) * 127.5
-    return (values.round() if how == "round" else values).clamp(0, 255).byte()
+    if how == "round":
+        values = values.round()
+    return values.clamp(0, 255).byte()
 
 
-def save_grid(images, path, columns, zoom=None):
-    """uint8 [B,C,H,W] -> one PNG, row by row, small images enlarged to about 64 pixels."""
-    (B, _, H, W), columns = images.shape, min(columns, len(images))
-    zoom, rows = zoom or max(1, 64 // H), -(-B // columns)
+def image_grid(images, columns, side=64):
+    """Return uint8 images [B,C,H,W] as one PIL image, row by row, on grey, with gaps of a pixel.
+
+    Images smaller than `side` pixels are enlarged to about that.
+    """
+    B, _, H, W = images.shape
+    columns = min(columns, B)
+    rows = math.ceil(B / columns)
     canvas = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 128, np.uint8)
     for i, image in enumerate(to_rgb(images).permute(0, 2, 3, 1).cpu().numpy()):
-        r, c = i // columns * (H + 1), i % columns * (W + 1)
-        canvas[r:r + H, c:c + W] = image
+        top = i // columns * (H + 1)
+        left = i % columns * (W + 1)
+        canvas[top:top + H, left:left + W] = image
+    zoom = max(1, side // H)
+    size = (canvas.shape[1] * zoom, canvas.shape[0] * zoom)
+    return Image.fromarray(canvas).resize(size, Image.NEAREST)
+
+
+def save_grid(images, path, columns):
+    """Save uint8 images [B,C,H,W] as one picture, a PNG for example."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.NEAREST).save(path)
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["prepare"]:
-        raise SystemExit("data.py: say what to do: python data.py prepare FOLDER OUT (--help lists the flags)")
-    import packed
-    packed.main(argv[1:])
-
-
-if __name__ == "__main__":
-    main()
+    image_grid(images, columns).save(path)

@@ -1,75 +1,88 @@
-"""Train SiT plainly, with REPA, or with HASTE: guided by a frozen teacher first, set free by early termination.
+"""Train SiT alone, with REPA, or with HASTE: aligned with a frozen teacher first, then set free.
 
-    python haste_train.py                                   HASTE on digits, under four minutes on two CPU cores
-    torchrun --nproc_per_node=8 haste_train.py --preset imagenet256-xl --data PACKED        one process a GPU
+    python haste_train.py                       HASTE on digits, minutes on two CPU cores
+    torchrun --nproc_per_node=8 haste_train.py --preset imagenet256-xl --data PACKED
 
-Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et al. 2024, 2401.08740).
-Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
-    n <  tau    E|v(x_t, t, y) - v|^2  +  w_f E[-cos(projector(h), y_teacher)]  +  w_a E[CE(A_teacher, A_student)]
-    n >= tau    E|v(x_t, t, y) - v|^2            teacher and projector are gone
+Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et
+al. 2024, 2401.08740). Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
 
-Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n) and then sliced: results
-do not depend on the number of processes, and a resume needs only the step. The same command resumes.
+    n <  tau    E|v(x_t, t, y) - v|^2  +  w_f feature alignment  +  w_a attention alignment
+    n >= tau    E|v(x_t, t, y) - v|^2                       teacher and projector are gone
 
-Letters: B batch, C channels, h w height and width, N tokens, D width, H heads, d = D/H.
+Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n), and
+then sliced. So results do not depend on the number of processes, up to rounding, and a resumed run
+continues as if nothing had happened.
+
+Read `losses`, then the loop in `train`. The alignment losses are in haste.py. The alignment ends in
+phase 1 of the loop: `first_free_step` says when, or `held_cosine` with --stop auto, and
+`drop_projector` how.
+Letters: B batch (b of one process), C channels, h w height and width, N tokens, D width.
 """
+import copy
+import dataclasses
 import math
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Literal, Optional
 
 import torch
-import torch.nn.functional as F
 
-import data as data_module
+import data
+import ddp
 import evaluate
+import haste
 import run
 import sit
-import teacher as teacher_module
-from data import to_latents, to_pixels, to_rgb, to_uint8
+import teacher as teachers
+import vae
+from haste import (attention_alignment, attention_alignment_grad, feature_alignment,
+                   gradient_cosine, mean_over_pairs)
+
+PROGRAM = "haste_train.py"
 
 
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, a folder of class folders, or of data.py prepare
-    image_size: Optional[int] = None  # side to which a folder's images are cropped; needed for photographs
+    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, a folder of class folders, or one of prepare.py's
+    image_size: Optional[int] = None  # side to which a folder's images are cropped; photographs need it
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
     latent_channels: Optional[int] = None  # channels that packed latents must have: 4 of SD, 16 of KL-16; None is any
-    vae: Optional[str] = None  # decoder of packed data's samples, sd-ema, sd-mse or a file; None is the data's own
+    vae: Optional[str] = None  # decoder for samples of packed data: sd-ema, sd-mse or a file; None is the data's own
     # the model
     model: str = "SiT-Ti/2"  # a size of sit.SIT_CONFIGS: SiT-Ti, S, B, L or XL, with patch 1, 2, 4 or 8
-    depth: Optional[int] = None  # number of blocks, where it is not the size's own
-    hidden_size: Optional[int] = None  # width, where it is not the size's own
-    num_heads: Optional[int] = None  # attention heads, where they are not the size's own
+    depth: Optional[int] = None  # number of blocks, if not the size's own
+    hidden_size: Optional[int] = None  # width, if not the size's own
+    num_heads: Optional[int] = None  # attention heads, if not the size's own
     qk_norm: bool = False  # normalise queries and keys
-    # the guidance
-    align: Literal["none", "repa", "haste"] = "haste"  # plain, feature alignment, feature and attention alignment
-    stop: str = "500"  # guidance ends at this step, at a step found by gradient angle (auto), or never
-    stop_interval: int = 50  # with --stop auto: steps between two looks at the angle
-    stop_warmup: int = 100  # with --stop auto: steps before the first look
-    stop_threshold: float = -0.05  # with --stop auto: guidance ends when the mean cosine falls below this
+    init: Optional[str] = None  # start from the weights of this checkpoint (a file, or repa-xl) with a fresh optimizer
+    # the alignment with a teacher
+    align: Literal["none", "repa", "haste"] = "haste"  # no alignment, of features, of features and attention
+    stop: str = "500"  # alignment ends at this step, at a step found by the angle between gradients (auto), or never
+    stop_interval: int = 50  # with --stop auto: steps between two measurements of the angle
+    stop_warmup: int = 100  # with --stop auto: steps before the first measurement
+    stop_threshold: float = -0.05  # with --stop auto: alignment ends once the mean cosine falls below this
     teacher: str = "small"  # small (trained here, cached), or dinov2_vits14, vitb14, vitl14, vitg14, each also _reg
-    teacher_weights: Optional[str] = None  # file with the teacher's weights; fetched when not given
+    teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
     cache: str = "out/cache"  # where small teachers are kept
     feature_weight: float = 1.0  # weight of feature alignment; the papers' is 0.5
     attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
-    feature_depth: Optional[int] = None  # blocks before the projector, where it is not the table's
-    pairs: Optional[str] = None  # blocks student:teacher whose attention is aligned, as 4:8,5:9, where not the table's
+    feature_depth: Optional[int] = None  # blocks below the projector, if not the table's
+    pairs: Optional[str] = None  # blocks student:teacher whose attention is aligned, as 4:8,5:9, if not the table's
     projector_dim: int = 256  # width of the projector
     # the flow
     path: Literal["linear", "cosine"] = "linear"  # path from data to noise
     time: Literal["uniform", "lognormal"] = "uniform"  # distribution of training times
-    label_drop: float = 0.1  # share of samples trained without label, for guidance
+    label_drop: float = 0.1  # share of samples trained without their label, for classifier-free guidance
     # optimisation
     steps: int = 1000  # optimizer steps
     batch_size: int = 64  # images a step, over all processes
-    accumulate: int = 1  # parts into which a process cuts its batch
+    accumulate: int = 1  # parts into which a process cuts its batch, to save memory
     lr: float = 4e-3  # learning rate of AdamW
     warmup: int = 100  # steps of linear warm-up
     beta2: float = 0.999  # second-moment decay of AdamW
@@ -82,353 +95,506 @@ class Config:
     compile: bool = False  # torch.compile the model
     # the run
     seed: int = 0  # of everything random
-    out: str = "out"  # folder for log.jsonl, ckpt.pt, samples.png, curves.png
-    resume: str = "auto"  # auto (go on from OUT/ckpt.pt), never (start anew), or a checkpoint's path
+    out: str = "out"  # folder for log.jsonl, ckpt.pt, samples.png and, in the end, curves.png
+    resume: str = "auto"  # auto (resume from OUT/ckpt.pt if it exists), never (start over), or a checkpoint's path
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # where else to send the log and the sample sheet
     log_every: int = 20  # steps between two lines of the log
     save_every: int = 250  # steps between two checkpoints; 0 saves at the end only
-    eval_every: int = 250  # steps between two evaluations; 0 evaluates never
+    eval_every: int = 250  # steps between two evaluations; 0 never evaluates
     eval_samples: int = 500  # images drawn for an evaluation
     eval_steps: int = 20  # sampling steps of an evaluation (Euler)
-    eval_cfg: float = 1.0  # guidance scale of an evaluation
+    eval_cfg: float = 1.0  # classifier-free guidance scale of an evaluation; 1 is none
 
 
-FREE = ("steps", "out", "device", "resume", "log_every", "save_every", "eval_every", "cache", "data_root", "accumulate",
-        "vae")
-# ImageNet, packed: the papers' settings, which are the same for all sizes
-IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14", feature_weight=0.5,
-                attention_weight=0.5, projector_dim=2048, batch_size=256, lr=1e-4, warmup=0, ema=0.9999, log_every=100,
-                save_every=10_000, eval_every=50_000, eval_samples=1000, eval_steps=50)
+MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
+                        "eval_every", "cache", "data_root", "accumulate", "compile", "vae")
+
+# ImageNet, packed: the papers' settings, which are the same for all sizes.
+IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14",
+                feature_weight=0.5, attention_weight=0.5, projector_dim=2048, batch_size=256,
+                lr=1e-4, warmup=0, ema=0.9999, log_every=100, save_every=10_000, eval_every=50_000,
+                eval_samples=1000, eval_steps=50)
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
-    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000, feature_weight=0.5,
-                    attention_weight=0.5, projector_dim=2048, stop="20000", steps=50_000, batch_size=256, lr=3e-4,
-                    warmup=1000, ema=0.9995, log_every=100, save_every=5000, eval_every=5000, eval_samples=2000,
-                    eval_steps=50),
+    "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
+                    feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",
+                    steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995, log_every=100,
+                    save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
     "imagenet256-b": dict(IMAGENET, model="SiT-B/2", stop="100000", steps=400_000),
     "imagenet256-l": dict(IMAGENET, model="SiT-L/2", stop="250000", steps=400_000),
     "imagenet256-xl": dict(IMAGENET, model="SiT-XL/2", stop="250000", steps=500_000),       # 100 epochs: FID 5.3
-    "imagenet256-xl-repa": dict(IMAGENET, model="SiT-XL/2", align="repa", stop="never", steps=4_000_000),       # 5.9
-    "imagenet256-xl-plain": dict(IMAGENET, model="SiT-XL/2", align="none", steps=7_000_000),                    # 8.3
-    "imagenet512-xl": dict(IMAGENET, data="out/imagenet512", image_size=512, model="SiT-XL/2", stop="300000",
-                           steps=500_000),                                  # 1,024 tokens, teacher at 448 pixels
+    "imagenet256-xl-repa": dict(IMAGENET, model="SiT-XL/2", align="repa", stop="never",
+                                steps=4_000_000),                                           # 800 epochs: FID 5.9
+    "imagenet256-xl-plain": dict(IMAGENET, model="SiT-XL/2", align="none",
+                                 steps=7_000_000),                                          # 1,400 epochs: FID 8.3
+    "imagenet512-xl": dict(IMAGENET, data="out/imagenet512", image_size=512, model="SiT-XL/2",
+                           stop="300000", steps=500_000),   # 1,024 tokens, teacher at 448 pixels
 }
 
-# HASTE's layer map: feature depth, feature depth of REPA alone, and student <- teacher pairs,
-# all for a teacher of 12 blocks; other depths are mapped in proportion. S and Ti are ours.
-ALIGNMENT = {
-    "SiT-Ti": (3, 3, ((0, 7), (1, 9), (2, 11))),
-    "SiT-S": (5, 4, ((2, 7), (3, 9), (4, 11))),
-    "SiT-B": (5, 4, ((2, 7), (3, 9), (4, 11))),
-    "SiT-L": (8, 8, ((4, 8), (5, 9), (6, 10), (7, 11))),
-    "SiT-XL": (8, 8, ((4, 8), (5, 9), (6, 10), (7, 11))),
-}
-TABLE_DEPTH = 12
 
+# ---- the loss of a step
 
-# ---- losses
+def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False):
+    """Return the total loss of a batch, and its terms for the log ("loss" is the flow loss alone).
 
-def feature_alignment(z, target):
-    """REPA's loss: minus the mean cosine of projected student tokens z and teacher tokens, both [B,N,D]; in [-1, 1]."""
-    z, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, target))
-    return -F.cosine_similarity(z, target, dim=-1).mean()
-
-
-def attention_alignment(q_s, k_s, q_t, k_t):
-    """HASTE's attention loss: cross-entropy of the student's attention under the teacher's, in float32.
-
-    -sum_j softmax_j(q_t k_t^T / sqrt(d_t)) log softmax_j(q_s k_s^T / sqrt(d_s)), mean over batch, heads and queries.
-    One layer pair: q, k [B,H,N,d]; head numbers and widths may differ, the first min(H_s, H_t) heads are paired.
-    True value and exact gradient, without an N x N matrix.
+    x [B,C,h,w] clean, y [B], t [B], eps like x; targets: what the teacher returns, or None if the
+    alignment has ended. With `exact`, the terms include the true value of the attention loss: it
+    costs a log-sum-exp, so only logged steps ask for it.
     """
-    with torch.autocast(q_s.device.type, enabled=False):
-        qk = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_s, k_s, q_t, k_t)]
-        surrogate = attention_alignment_grad(*qk)
-        return surrogate + (_attention_value(*qk) - surrogate).detach()
-
-
-def attention_alignment_grad(q_s, k_s, q_t, k_t):
-    """A scalar with the gradient of `attention_alignment`, for two attention calls. Its value means nothing.
-
-    The best idea in this file. With c = d^-1/2, P = softmax(c q k^T) for student (s) and teacher (t), query i costs
-        L_i = lse_j(c q_i.k_j) - c q_i . (P_t k_s)_i,
-    and its gradient is that of c q_i . (P_s k_s - P_t k_s)_i where P_s and P_t are held constant: d lse/dq = c P_s k_s,
-    and each k_j gets c (P_s - P_t)_ij q_i. But P k_s is what fused attention computes when the student's keys stand in
-    for the values; so neither attention map is ever written down, and memory grows with N, not with N^2.
-    """
-    H = min(q_s.shape[1], q_t.shape[1])
-    q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
-    difference = attend(q_s.detach(), k_s.detach(), k_s) - attend(q_t.detach(), k_t.detach(), k_s)      # [B,H,N,d_s]
-    dot = (q_s * difference).sum(-1, dtype=torch.promote_types(q_s.dtype, torch.float32))               # [B,H,N]
-    return dot.mean() * q_s.shape[-1] ** -0.5
-
-
-@torch.no_grad()
-def _attention_value(q_s, k_s, q_t, k_t, chunk=128):
-    """The loss's value; the log-sum-exp goes over chunks of queries, so that nothing of size N x N is stored."""
-    H, c = min(q_s.shape[1], q_t.shape[1]), q_s.shape[-1] ** -0.5
-    q_s, k_s, q_t, k_t = (x[:, :H] for x in (q_s, k_s, q_t, k_t))
-    lse = torch.cat([(c * q @ k_s.mT).logsumexp(-1) for q in q_s.split(chunk, dim=2)], dim=2)           # [B,H,N]
-    return (lse - c * (q_s * attend(q_t, k_t, k_s)).sum(-1)).mean()
-
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(d)) v by fused attention, whose kernels want one head width: zeros change no dot product."""
-    d, dv, width = q.shape[-1], v.shape[-1], max(q.shape[-1], v.shape[-1])
-    pad = lambda x: x.to(v.dtype) if x.shape[-1] == width else F.pad(x.to(v.dtype), (0, width - x.shape[-1]))
-    return F.scaled_dot_product_attention(pad(q), pad(k), pad(v), scale=d ** -0.5)[..., :dv]
-
-
-def losses(model, x, eps, t, y, targets, pairs, cfg, exact=False):
-    """Total loss of a batch, and its terms. x [B,C,h,w], eps like x, t [B], y [B]; targets = teacher's output, or None.
-
-    `exact` asks for the true value of the attention term, which costs a log-sum-exp: wanted when it is logged. It
-    changes nothing in the gradient.
-    """
-    x_t, v = sit.interpolant(x, eps, t, cfg.path)
-    if targets is None:
-        flow = (model(x_t, t, y).float() - v).square().mean()
+    if targets is None:                                                     # from tau on: nothing but the flow loss
+        flow = sit.flow_loss(model, x, y, t, eps, cfg.path)
         return flow, {"loss": flow}
+
     tokens, taps_t = targets
-    v_hat, z, taps_s = model(x_t, t, y, tap_layers=[s for s, _ in pairs])
-    terms = {"loss": (v_hat.float() - v).square().mean(), "feature_loss": feature_alignment(z, tokens)}
-    total = terms["loss"] + cfg.feature_weight * terms["feature_loss"]
+    x_t, v = sit.interpolant(x, eps, t, cfg.path)
+    v_hat, z, taps_s = model(x_t, t, y, tap_layers=[i for i, _ in pairs])
+    flow = (v_hat.float() - v).square().mean()
+    features = feature_alignment(z, tokens)
+    total = flow + cfg.feature_weight * features
+    terms = {"loss": flow, "feature_loss": features}
     if pairs:
-        mean = lambda form: sum(form(*s, *t) for s, t in zip(taps_s, taps_t)) / len(pairs)
-        surrogate = mean(attention_alignment_grad)                          # right gradient, meaningless value
-        total = total + cfg.attention_weight * surrogate
+        attention = mean_over_pairs(attention_alignment_grad, taps_s, taps_t)
+        total = total + cfg.attention_weight * attention
+    if pairs and exact:
         with torch.no_grad():
-            terms["attention_loss"] = mean(attention_alignment) if exact else surrogate
+            terms["attention_loss"] = mean_over_pairs(attention_alignment, taps_s, taps_t)
     return total, terms
 
 
-# ---- what the configuration means
+def teacher_targets(teacher, pixels, pairs, autocast):
+    """Return the teacher's tokens [b,N,D] and taps [(q, k), ...] for uint8 images [b,C,H,W]."""
+    with torch.no_grad(), autocast:
+        images = teachers.preprocess(data.to_rgb(pixels), teacher.grid)
+        return teacher(images, [j for _, j in pairs])
+
+
+def random_numbers(cfg, step, shape, device, packed):
+    """Draw every random number of a step, for the whole global batch, shape = (B, C, h, w).
+
+    Returns eps [B,C,h,w], t [B], dropped [B], mirrored [B], and the noise of the autoencoder's
+    posterior [B,C,h,w], which is empty if the data is not packed.
+    """
+    g = run.seeded(device, cfg.seed, 0, step)
+    B = shape[0]
+    eps = torch.randn(shape, generator=g, device=device)
+    t = torch.rand(B, generator=g, device=device)
+    if cfg.time == "lognormal":                                             # REPA: sigma/alpha = exp(N(0, 1))
+        s = torch.randn(B, generator=g, device=device).exp()
+        t = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
+    dropped, mirrored = torch.rand(2, B, generator=g, device=device)
+    mirror_share = 0.5 if cfg.mirror else 0
+    posterior_shape = shape if packed else (B, 0)
+    posterior = torch.randn(posterior_shape, generator=g, device=device)
+    return eps, t, dropped < cfg.label_drop, mirrored < mirror_share, posterior
+
+
+# ---- termination
+
+def first_free_step(cfg):
+    """Return tau, the first step without alignment; with --stop auto the loop lowers it."""
+    if cfg.align == "none":
+        return 0
+    return math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
+
+
+PROJECTOR = "projectors."                                                   # first letters of its parameters' names
+
+
+def drop_projector(model, ema, opt):
+    """Remove the projector from model, EMA, optimizer and device; return its last weights.
+
+    The weights, {"model": ..., "ema": ...} on the CPU, go into later checkpoints: REPA's strict
+    loader expects them. The optimizer state of all other parameters stays as it is, bit for bit.
+    """
+    opt.zero_grad()
+    for p in opt.param_groups.pop()["params"]:                              # the projector's group is the second one
+        opt.state.pop(p, None)
+    kept = {}
+    for name, net in (("model", model), ("ema", ema)):
+        kept[name] = {k: w.cpu() for k, w in net.state_dict().items() if k.startswith(PROJECTOR)}
+        net.projectors = None
+    return kept
+
+
+HELD_BATCH = 64                                                             # images of the held batch
+
+
+def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
+    """Return haste.gradient_cosine on a batch and noise that stay the same all through the run.
+
+    Every process returns the same number.
+    """
+    device = processes.device
+    g = run.seeded("cpu", cfg.seed, 1)
+    rows = torch.randperm(len(images.train), generator=g)[:HELD_BATCH]
+    pixels, y = images.train.read(rows)
+    eps = torch.randn(len(rows), *images.shape, generator=g)
+    x = data.to_pixels(pixels)
+    if images.packed:
+        posterior = torch.randn(eps.shape, generator=g)
+        mirrored = torch.zeros(len(rows), dtype=torch.bool)
+        moments = images.train.moments(rows)
+        x = data.to_latents(moments, mirrored, posterior, images.packed["scale"])
+    pixels, x, y, eps = (tensor.to(device) for tensor in (pixels, x, y, eps))
+    targets = teacher_targets(teacher, pixels, pairs, autocast)
+
+    def losses_at(time):
+        t = torch.full((len(x),), time, device=device)
+        # model.forward: not through torch.compile, which would compile it once more
+        total, terms = losses(model.forward, x, y, t, eps, targets, pairs, cfg)
+        return terms["loss"], total - terms["loss"]
+
+    block = model.blocks[model.encoder_depth - 1]                           # the one below the projector
+    with autocast:
+        cosine = gradient_cosine(losses_at, block.parameters())
+    return processes.mean(cosine).item()                                    # so that all processes decide alike
+
+
+# ---- from flags to objects: bad input is refused here, with one line
 
 def check(cfg, world):
-    """Refuse impossible values, with flag and remedy, before anything is loaded; fill in the model's own sizes."""
+    """Refuse impossible values before anything is loaded, and fill in the model's own sizes."""
     run.check(cfg, world, ("stop_interval", "teacher_steps", "projector_dim"),
               ("stop_warmup", "feature_weight", "attention_weight"))
-    need = partial(run.need, cfg)
-    need(cfg.model in sit.SIT_CONFIGS, "model", f"is none of {', '.join(sit.SIT_CONFIGS)}")
-    need(cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop", "must be a number of steps, auto or never")
-    need(cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth", "must be 1 or more")
+    run.require(cfg, cfg.model in sit.SIT_CONFIGS, "model",
+                "must be SiT-Ti, S, B, L or XL, with patch /1, /2, /4 or /8, as SiT-B/2")
+    run.require(cfg, cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop",
+                "must be a number of steps, auto or never")
+    run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
+                "must be 1 or more")
     for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
-        setattr(cfg, name, getattr(cfg, name) or sit.SIT_CONFIGS[cfg.model][name])
-    need(cfg.hidden_size % cfg.num_heads == 0 and cfg.hidden_size % 4 == 0, "hidden_size",
-         f"must be a multiple of 4 and of --num-heads {cfg.num_heads}")
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, sit.SIT_CONFIGS[cfg.model][name])
+    fits = cfg.hidden_size % cfg.num_heads == 0 and cfg.hidden_size % 4 == 0
+    run.require(cfg, fits, "hidden_size",
+                f"must be a multiple of 4 and of --num-heads {cfg.num_heads}")
     if cfg.align != "none":
-        layer_map(cfg)
+        choose_layers(cfg)                                                  # raises if the flags are impossible
 
 
-def layer_map(cfg, teacher_depth=None):
-    """(feature depth, pairs [(student block, teacher block), ...]) from the table and the flags that override it.
+def choose_layers(cfg, teacher_depth=None):
+    """Return the feature depth and the pairs: the table's (haste.ALIGNMENT), or those of the flags.
 
-    Without `teacher_depth` it only checks what can be checked before there is a teacher.
+    Without `teacher_depth`, check only what can be checked before there is a teacher.
     """
-    haste_depth, repa_depth, pairs = ALIGNMENT[cfg.model.split("/")[0]]
-    feature_depth = cfg.feature_depth or (haste_depth if cfg.align == "haste" else repa_depth)
-    pairs = [(s, round((t + 1) * (teacher_depth or TABLE_DEPTH) / TABLE_DEPTH) - 1) for s, t in pairs]
+    size = cfg.model.split("/")[0]
+    features_only = cfg.align == "repa"
+    feature_depth, pairs = haste.layer_map(size, teacher_depth or haste.TABLE_DEPTH, features_only)
+    feature_depth = cfg.feature_depth or feature_depth
+    if not 1 <= feature_depth <= cfg.depth:
+        raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the "
+                         f"depth of the model")
     if cfg.pairs:
         found = re.findall(r"(\d+):(\d+)", cfg.pairs)
         if ",".join(map(":".join, found)) != cfg.pairs:
-            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher block)")
-        pairs = [(int(s), int(t)) for s, t in found]
-    if not 1 <= feature_depth <= cfg.depth:
-        raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the depth of the model")
+            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher "
+                             f"block)")
+        if not features_only:
+            pairs = [(int(s), int(t)) for s, t in found]
     bad = [f"{s}:{t}" for s, t in pairs if s >= cfg.depth or t >= (teacher_depth or math.inf)]
     if bad:
-        raise ValueError(f"--pairs {','.join(bad)}: student blocks are 0 ... {cfg.depth - 1}"
-                         + (f", teacher blocks 0 ... {teacher_depth - 1}" if teacher_depth else ""))
-    return feature_depth, pairs if cfg.align == "haste" else []
+        known = f"student blocks are 0 ... {cfg.depth - 1}"
+        if teacher_depth:
+            known += f", teacher blocks 0 ... {teacher_depth - 1}"
+        raise ValueError(f"--pairs {','.join(bad)}: {known}")
+    return feature_depth, pairs
+
+
+SMALL_TEACHER_BYTES = 2 ** 31                                               # images that it holds in memory, at most
+SMALL_TEACHER_IMAGES = 50_000
 
 
 def make_teacher(cfg, images, grid, processes):
-    """The frozen teacher, with its position embedding on the student's token grid."""
-    def trained(most=2 ** 31):
-        share = min(len(images.train), 50_000, most // (3 * images.size ** 2))              # all of a small set
-        rows = torch.arange(0, len(images.train), -(-len(images.train) // share))
-        pixels, labels = images.train.read(rows)
-        return teacher_module.train_small(to_rgb(pixels), labels, grid, steps=cfg.teacher_steps, cache=cfg.cache,
-                                          device=processes.device).cpu()
+    """Return the frozen teacher, with its position embedding on the student's token grid."""
+    def trained():
+        print(f"preparing the small teacher (trained once, then kept in {cfg.cache})", flush=True)
+        # all images of a small set, evenly spaced ones of a large set
+        fit = SMALL_TEACHER_BYTES // (3 * images.size ** 2)
+        count = min(len(images.train), SMALL_TEACHER_IMAGES, fit)
+        stride = math.ceil(len(images.train) / count)
+        pixels, labels = images.train.read(torch.arange(0, len(images.train), stride))
+        net = teachers.train_small(data.to_rgb(pixels), labels, grid, steps=cfg.teacher_steps,
+                                   cache=cfg.cache, device=processes.device)
+        return net.cpu()                                                    # to be sent to the other processes
+
     if cfg.teacher != "small":
-        net = processes.first(lambda: teacher_module.load_dinov2(cfg.teacher, cfg.teacher_weights))
+        net = processes.main_first(lambda: teachers.load_dinov2(cfg.teacher, cfg.teacher_weights))
+    elif cfg.teacher_weights:
+        net = teachers.load_small(cfg.teacher_weights)
     else:
-        net = teacher_module.load_small(cfg.teacher_weights) if cfg.teacher_weights else processes.share(trained)
+        net = processes.from_main(trained)
     return net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
 
 
-def draw(cfg, step, shape, device, packed=False):
-    """All that is random in a step, for the global batch [B,C,h,w]: eps like it, t [B], dropped [B], mirrored [B].
+def build(cfg, saved, guided, processes):
+    """Return the data, the teacher and its layer pairs, the model, and the model's arguments.
 
-    And the noise of the autoencoder's posterior, where the data is packed: like eps, else empty.
+    There is no teacher and there are no pairs unless `guided`.
     """
-    g, B = run.seeded(device, cfg.seed, 0, step), shape[0]
-    eps = torch.randn(shape, generator=g, device=device)
-    u = torch.rand(B, generator=g, device=device)
-    if cfg.time == "lognormal":                                             # REPA: sigma/alpha = exp(N(0, 1))
-        s = torch.randn(B, generator=g, device=device).exp()
-        u = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
-    dropped, mirrored = torch.rand(2, B, generator=g, device=device)
-    posterior = torch.randn(shape if packed else (B, 0), generator=g, device=device)
-    return eps, u, dropped < cfg.label_drop, mirrored < (0.5 if cfg.mirror else 0), posterior
+    images = processes.main_first(lambda: data.open_data(cfg.data, cfg.image_size, cfg.data_root))
+    channels, side, _ = images.shape
+    patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
+    if len(images.train) < 2:
+        raise ValueError(f"--data {cfg.data} holds fewer than two training images")
+    if side % patch:
+        factor = images.size // side
+        vae_factor = f"VAE {factor} x " if images.packed else ""
+        raise ValueError(f"--image-size {images.size} must be a multiple of {factor * patch} "
+                         f"({vae_factor}patch {patch} of --model {cfg.model})")
+    images.check(cfg, saved, input_size=side, in_channels=channels)
+
+    teacher = None
+    pairs = []
+    initial = None
+    arch = dict(input_size=side, patch_size=patch, in_channels=channels, depth=cfg.depth,
+                hidden_size=cfg.hidden_size, num_heads=cfg.num_heads,
+                num_classes=len(images.classes), qk_norm=cfg.qk_norm,
+                projector_dim=cfg.projector_dim)
+    if saved:
+        arch = saved["arch"]
+    elif cfg.init:
+        initial = processes.main_first(lambda: sit.load_sit(run.checkpoint_file(cfg.init, "init"),
+                                                            cfg.num_heads))
+        arch.update(learn_sigma=initial.learn_sigma, flip_time=initial.flip_time)
+    if guided:
+        teacher = make_teacher(cfg, images, side // patch, processes)
+        feature_depth, pairs = choose_layers(cfg, teacher.depth)
+        arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
+
+    torch.manual_seed(cfg.seed)
+    model = sit.SiT(**arch)
+    if initial is not None:
+        load_initial(model, initial, cfg)
+    return images, teacher, pairs, model.to(processes.device), arch
 
 
-# ---- the automatic end of the guidance
-
-STOP_TIMES = (0.02, 0.1, 0.5, 0.8)                                          # HASTE's, for the automatic trigger
-
-
-def gradient_cosine(model, x, eps, y, targets, pairs, cfg):
-    """Mean over times of the cosine between flow and weighted alignment gradients, in the block below the projector."""
-    params, cosines = list(model.blocks[model.encoder_depth - 1].parameters()), []
-    for time_ in STOP_TIMES:
-        t = torch.full((len(x),), time_, device=x.device)
-        total, terms = losses(model.forward, x, eps, t, y, targets, pairs, cfg)     # forward: not through torch.compile
-        flow = torch.autograd.grad(terms["loss"], params, retain_graph=True)
-        align = torch.autograd.grad(total - terms["loss"], params)
-        del total, terms                                                    # one graph at a time
-        flow, align = (torch.cat([g.flatten() for g in grads]) for grads in (flow, align))
-        cosines.append(F.cosine_similarity(flow, align, dim=0))
-    return torch.stack(cosines).mean()
+def load_initial(model, initial, cfg):
+    """Copy the weights of --init, its projector only if it has the same place and sizes."""
+    weights = initial.state_dict()
+    fresh = {k: w for k, w in model.state_dict().items() if k.startswith(PROJECTOR)}
+    same_shapes = all(k in weights and weights[k].shape == w.shape for k, w in fresh.items())
+    if not (fresh and same_shapes and initial.encoder_depth == model.encoder_depth):
+        weights = {k: w for k, w in weights.items() if not k.startswith(PROJECTOR)}
+        weights.update(fresh)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"--init {cfg.init} does not fit --model {cfg.model} and --data "
+                         f"{cfg.data}: {reason}") from None
 
 
-def held_cosine(model, images, targets_of, pairs, cfg, processes, autocast):
-    """gradient_cosine on a batch and noise that stay the same all through the run; the same number on every process."""
-    g = run.seeded("cpu", cfg.seed, 1)
-    rows = torch.randperm(len(images.train), generator=g)[:64]
-    pixels, y = (b.to(processes.device) for b in images.train.read(rows))
-    eps, targets = torch.randn(len(rows), *images.shape, generator=g).to(processes.device), targets_of(pixels)
-    x = to_pixels(pixels)
-    if images.packed:
-        posterior, mirrored = torch.randn(eps.shape, generator=g), torch.zeros(len(rows), dtype=torch.bool)
-        x = to_latents(images.train.moments(rows), mirrored, posterior, images.packed["scale"]).to(processes.device)
-    with autocast:
-        cosine = gradient_cosine(model, x, eps, y, targets, pairs, cfg)
-    return processes.mean(cosine).item()
+def training_state(cfg, model, saved):
+    """Return the model's average (EMA), its optimizer, and a dropped projector's last weights.
+
+    The projector is a parameter group of its own, which `drop_projector` can take away. With
+    `saved`, a checkpoint's content, all are as they were.
+    """
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    body = [p for name, p in model.named_parameters()
+            if p.requires_grad and not name.startswith(PROJECTOR)]
+    groups = [dict(params=body)]
+    if model.projectors is not None:
+        groups.append(dict(params=list(model.projectors.parameters())))
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2),
+                            weight_decay=cfg.weight_decay, fused=True)
+    kept = {"model": {}, "ema": {}}
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        if len(saved["opt"]["param_groups"]) < len(groups):                 # saved after the alignment had ended
+            kept = drop_projector(model, ema, opt)
+        opt.load_state_dict(saved["opt"])
+    return ema, opt, kept
+
+
+# ---- evaluation
+
+def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
+    """Sample from the averaged weights, draw OUT/samples.png, and return scores for the log."""
+    shape = (ema.in_channels, ema.input_size, ema.input_size)
+
+    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
+        labels = (rows % ema.num_classes).to(processes.device)
+        randn = sit.indexed_randn(cfg.seed, rows)
+        noise = randn(torch.empty(len(rows), *shape, device=processes.device))
+        with autocast:
+            x = sit.sample_ode(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg)
+            return data.to_uint8(decode(x))
+
+    samples = evaluate.draw_samples(cfg.eval_samples, draw, processes)
+    if not processes.main:
+        return {}
+    evaluate.sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
+    return evaluate.scores(samples, reference, ema.num_classes)
 
 
 # ---- the program
 
-def prepare(cfg, saved, processes):
-    """Data, teacher and student, fresh or from a checkpoint: all that can fail because of the user fails here.
-
-    Returns images, teacher (None without guidance), pairs, student, arch (SiT's arguments) and tau.
-    """
-    images = processes.first(lambda: data_module.open_data(cfg.data, cfg.image_size, cfg.data_root))
-    (channels, side, _), patch = images.shape, sit.SIT_CONFIGS[cfg.model]["patch_size"]
-    if len(images.train) < 2:
-        raise ValueError(f"--data {cfg.data} holds fewer than two training images")
-    if side % patch:
-        raise ValueError(f"--image-size {images.size} must be a multiple of {images.size // side * patch} "
-                         f"({'VAE ' + str(images.size // side) + ' x ' if images.packed else ''}patch {patch} of "
-                         f"--model {cfg.model})")
-    run.check_data(cfg, images, saved, input_size=side, in_channels=channels)
-    if saved:
-        start, tau, arch = saved["steps"], saved["tau"], saved["arch"]
-    else:
-        start, tau = 0, 0 if cfg.align == "none" else math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
-        arch = dict(input_size=side, patch_size=patch, in_channels=channels, depth=cfg.depth,
-                    hidden_size=cfg.hidden_size, num_heads=cfg.num_heads, num_classes=len(images.classes),
-                    qk_norm=cfg.qk_norm, projector_dim=cfg.projector_dim)
-    teacher, pairs = None, []
-    if start < tau:
-        teacher = make_teacher(cfg, images, side // patch, processes)
-        feature_depth, pairs = layer_map(cfg, teacher.depth)
-        arch |= dict(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
-    torch.manual_seed(cfg.seed)
-    student = run.Student(sit.SiT(**arch), cfg, processes, guide="projectors.")
-    if saved:
-        student.load(saved)
-    return images, teacher, pairs, student, arch, tau
+MODULES = (haste, sit, teachers, data, run, sys.modules[__name__])          # their changes are reported on resume
 
 
 def train(cfg, processes, stop):
-    with run.one_line("haste_train.py"):
+    """Train until --steps or a signal, from scratch or from where the last run stopped."""
+    with run.one_line_errors(PROGRAM):
         check(cfg, processes.world)
-        modules = (sit, teacher_module, data_module, run, sys.modules[__name__])
-        saved, code = run.resume_point(cfg, FREE, modules, processes), run.code_hash(*modules)
+        run.make_folder(cfg.out, cfg.out)
+        saved = run.resume_point(cfg, MAY_CHANGE_ON_RESUME, MODULES, processes)
         if saved and saved["steps"] >= cfg.steps:
             return
-        images, teacher, pairs, student, arch, tau = prepare(cfg, saved, processes)
-        sets = evaluate.reference(images) if cfg.eval_every and processes.main else None
-        decode = cfg.eval_every and processes.first(lambda: evaluate.decoder(images.packed, cfg.vae, images.shape[0],
-                                                                             processes.device))
-    device, world, autocast = processes.device, processes.world, run.autocast(cfg.precision, processes.device)
-    book = run.Book(cfg, saved, student, processes, stop, arch=arch, tau=tau, code=code, packed_from=images.packed)
+        start = saved["steps"] if saved else 0
+        tau = saved["tau"] if saved else first_free_step(cfg)
+        images, teacher, pairs, model, arch = build(cfg, saved, start < tau, processes)
+        ema, opt, kept = training_state(cfg, model, saved)
+        packed = images.packed                                              # None, or what data.json says
+        decode = reference = None
+        if cfg.eval_every:
+            decode = processes.main_first(
+                lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
+            reference = evaluate.reference(images) if processes.main else None
+        log = run.Log(cfg, start, processes)
+
+    device = processes.device
+    world = processes.world
+    autocast = run.autocast(cfg.precision, device)
+    seconds = saved["seconds"] if saved else 0.0
+    clock = run.Clock(cfg, start, seconds)
+    code = run.code_hash(*MODULES)
+    checkpoint = Path(cfg.out, "ckpt.pt")
+    if processes.main and saved is None:
+        checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
-    share, part = cfg.batch_size // world, cfg.batch_size // world // cfg.accumulate
-    mine = slice(processes.rank * share, (processes.rank + 1) * share)      # this process's rows of a global batch
-    shape, packed = (cfg.batch_size, *images.shape), images.packed
-    grid, null = student.model.grid, student.model.num_classes
-    feed = data_module.batches(images.train, cfg.seed, book.start, cfg.batch_size, mine, pin=device.type == "cuda",
-                               wanted=lambda step: step < book.content["tau"])              # the teacher looks at them
-    size = sum(p.numel() for p in student.model.parameters()) / 1e6
-    processes.print(f"{cfg.model}, {size:.1f} M parameters, {grid} x {grid} tokens; align {cfg.align}; "
-                    f"{world} process(es) on {device.type}, {run.precision(cfg.precision, device)}")
+    if cfg.compile:
+        model.compile()                                                     # in place: names stay as they are
+    net = processes.wrap(model)                                             # what the loop calls
 
-    def targets_of(pixels):                                                 # uint8 [b,C,H,W] -> tokens and taps
-        with torch.no_grad(), autocast:
-            return teacher(teacher_module.preprocess(to_rgb(pixels), grid), [t for _, t in pairs])
+    # this process's rows of every global batch
+    per_process = cfg.batch_size // world
+    part = per_process // cfg.accumulate
+    mine = slice(processes.rank * per_process, (processes.rank + 1) * per_process)
+    shape = (cfg.batch_size, *images.shape)
+    feed = data.batches(images.train, cfg.seed, start, cfg.batch_size, mine, device,
+                        wanted=lambda step: step < tau)                     # only the teacher looks at packed images
 
-    def look():                                                             # an evaluation's numbers for the log
-        def sampled(rows):
-            with autocast:
-                return to_uint8(decode(evaluate.sample_sit(student.ema, rows, cfg.eval_steps, cfg.eval_cfg, cfg.seed)))
-        samples = evaluate.draw_samples(cfg.eval_samples, sampled, processes)
-        if not processes.main:
-            return {}
-        evaluate.sample_sheet(samples, null, book.out / "samples.png")
-        return evaluate.scores(samples, sets, null)
+    bad = torch.full((), -1, device=device)                                 # the first step that was not finite
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    processes.print(f"{cfg.model}, {millions:.1f} M parameters, {model.grid} x {model.grid} "
+                    f"tokens; align {cfg.align}; {world} process(es) on {device.type}, "
+                    f"{run.precision(cfg.precision, device)}")
+    if teacher is not None:
+        shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
+        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; until step {tau}: "
+                        f"features after {model.encoder_depth} blocks, attention of blocks {shown}")
 
-    for step in range(book.start, cfg.steps):
-        # learning rate, and the end of the guidance
-        lr, extra = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)), {}
-        if teacher is not None and cfg.stop == "auto" and step >= cfg.stop_warmup and step % cfg.stop_interval == 0:
-            cosine = held_cosine(student.model, images, targets_of, pairs, cfg, processes, autocast)
-            extra, book.content["tau"] = {"grad_cosine": cosine}, step if cosine < cfg.stop_threshold else tau
-        if student.model.projectors is not None and step >= book.content["tau"]:
-            teacher = None                                                  # never run again, its memory is free
-            student.drop_guide()
-            processes.print(f"step {step}: the guidance ends")
+    for step in range(start, cfg.steps):
+        done = step + 1
+        evaluating = run.due(done, cfg.eval_every, cfg.steps)
+        logging = evaluating or run.due(done, cfg.log_every, cfg.steps)
+        extra = {}                                                          # numbers that make any step a logged one
 
-        # batch: everything random is drawn for the global batch, and sliced
-        with run.one_line("haste_train.py"):
-            pixels, moments, y = book.batch(feed, step)
-        eps, t, dropped, mirrored, posterior = (r[mine] for r in draw(cfg, step, shape, device, packed))
-        pixels, y = data_module.mirror(pixels, mirrored), torch.where(dropped, null, y)
-        x = to_latents(moments, mirrored, posterior, packed["scale"]) if packed else to_pixels(pixels)
+        # 1. learning rate, and termination: from step tau on, teacher and projector are gone
+        lr = cfg.lr * min(1, done / max(1, cfg.warmup))
+        if (teacher is not None and cfg.stop == "auto" and step >= cfg.stop_warmup
+                and step % cfg.stop_interval == 0):
+            cosine = held_cosine(model, teacher, images, pairs, cfg, processes, autocast)
+            extra["grad_cosine"] = cosine
+            logging = True
+            if cosine < cfg.stop_threshold:
+                tau = step
+        if model.projectors is not None and step >= tau:                    # also on a resume from exactly tau
+            teacher = targets = total = terms = net = None                  # the last references: their memory is free
+            kept = drop_projector(model, ema, opt)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            net = processes.wrap(model)
+            processes.print(f"step {step}: alignment ends, teacher and projector are gone")
 
-        # forward and backward, in `accumulate` parts
-        sums, exact = {}, book.logging(step) or bool(extra)
-        for i in range(0, share, part):
+        # 2. batch: drawn for all processes together, then sliced: their number does not matter
+        with run.one_line_errors(PROGRAM):                                         # reading may fail: a damaged image
+            pixels, moments, y = next(feed)
+        numbers = random_numbers(cfg, step, shape, device, packed)
+        eps, t, dropped, mirrored, posterior = (r[mine] for r in numbers)
+        pixels = data.mirror(pixels, mirrored)                              # [b,C,H,W] uint8, or None
+        y = torch.where(dropped, model.num_classes, y)                      # no label: for classifier-free guidance
+        if packed:
+            x = data.to_latents(moments, mirrored, posterior, packed["scale"])              # [b,C,h,w]
+        else:
+            x = data.to_pixels(pixels)
+
+        # 3. forward and backward, in `accumulate` parts
+        sums = {}
+        for i in range(0, per_process, part):
             rows = slice(i, i + part)
-            targets = None if teacher is None else targets_of(pixels[rows])
-            batch = x[rows], eps[rows], t[rows], y[rows], targets
-            with student.net.no_sync() if world > 1 and i + part < share else nullcontext():
+            targets = None
+            if teacher is not None:
+                targets = teacher_targets(teacher, pixels[rows], pairs, autocast)
+            last_part = i + part == per_process
+            sync = nullcontext() if world == 1 or last_part else net.no_sync()              # once a step is enough
+            with sync:
                 with autocast:
-                    total, terms = losses(student.net, *batch, pairs, cfg, exact)
+                    total, terms = losses(net, x[rows], y[rows], t[rows], eps[rows], targets,
+                                          pairs, cfg, exact=logging)
                 (total / cfg.accumulate).backward()
-            sums = {k: sums.get(k, 0) + v.detach() / cfg.accumulate for k, v in terms.items()}
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() / cfg.accumulate
 
-        # step and average; log, sample, save
-        norm = student.step(lr, cfg.clip)
-        if book.close_step(step, lr, norm, sums, look, extra):
+        # 4. optimizer and moving average
+        for group in opt.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        opt.step()
+        opt.zero_grad()
+        weights = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - cfg.ema)
+
+        # 5. log, sample, save: the host waits for the device here only. The first step that is not
+        # finite is noted on the device, so that looking for it costs nothing.
+        bad = torch.where((bad < 0) & ~(norm + sums["loss"]).isfinite(), step, bad)
+        stopping = stop.agreed()
+        evaluating = evaluating and (done == cfg.steps or not stopping)     # who stops a run may not wait for long
+        saving = stopping or done == cfg.steps or run.due(done, cfg.save_every, cfg.steps)
+        if not (logging or saving):
+            continue
+        run.refuse_nonfinite(processes.max(bad), (checkpoint, cfg.resume))  # no checkpoint is written after one
+        means = processes.mean(torch.stack([*sums.values(), norm])).tolist()
+        row = {"step": done, **dict(zip([*sums, "grad_norm"], means)), "lr": lr, **clock.read(done),
+               **extra}
+        if evaluating:
+            row.update(evaluate_ema(ema, decode, reference, cfg, processes, autocast))
+        if logging:
+            picture = Path(cfg.out, "samples.png") if evaluating else None
+            log.write(row, clock.left(done), picture)
+        if saving and processes.main:
+            run.save_checkpoint(checkpoint, {
+                "model": {**model.state_dict(), **kept["model"]},
+                "ema": {**ema.state_dict(), **kept["ema"]}, "opt": opt.state_dict(),
+                "args": dataclasses.asdict(cfg), "arch": arch, "steps": done, "tau": tau,
+                "seconds": clock.seconds, "code": code, "packed_from": packed})
+        if stopping:
+            processes.print(f"stopped by a signal after step {done}, saved {checkpoint}: the same "
+                            f"command resumes")
             break
+        clock.restart(done)
+
     feed.close()
     if processes.main:
-        rows = run.read_log(book.out / "log.jsonl")
-        if rows:
-            tau = book.content["tau"] if cfg.align != "none" else math.inf
-            evaluate.plot_curves(rows, book.out / "curves.png", tau)
-            evaluate.tell(rows, book.out)
+        rows = run.read_log(log.path)
+        if rows:                                                            # none if a signal came very early
+            advice = f"python sample.py --ckpt {checkpoint} --cfg 1.5   draws more samples"
+            if cfg.align != "none":
+                advice += f"; with --align none --out {cfg.out}/plain it has no teacher"
+            evaluate.plot_curves(rows, Path(cfg.out, "curves.png"), tau)
+            evaluate.print_summary(rows, cfg.out, advice)
 
 
 def main(argv=None):
-    cfg = run.parse(Config, argv, "haste_train.py", "Train SiT plainly, with REPA, or with HASTE.", PRESETS)
-    with run.one_line("haste_train.py"):
-        processes = run.Processes(cfg.device)
+    cfg = run.parse(Config, argv, PROGRAM, "Train SiT alone, with REPA, or with HASTE.", PRESETS)
+    with run.one_line_errors(PROGRAM):
+        processes = ddp.Processes(cfg.device)
     try:
-        with run.StopSignal(processes) as stop, run.one_line("haste_train.py", OSError):    # a full disk, in mid-run
+        # OSError: a disk may be full in mid-run
+        with ddp.StopSignal(processes) as stop, run.one_line_errors(PROGRAM, OSError):
             train(cfg, processes, stop)
     finally:
         processes.close()

@@ -1,11 +1,13 @@
-"""The README's table and curves: plain, REPA and HASTE on the digits at equal steps, three seeds.
+"""The table and curves of HASTE on the digits: plain, REPA and HASTE at equal steps, three seeds.
 
-    python experiments/digits.py        twelve runs, two at a time on one thread each: about 40 minutes on two cores
+    python -m experiments.digits        twelve runs, two at a time on one thread each:
+                                        about 40 minutes on two cores
 
-Every run is `python haste_train.py FLAGS` with the flags printed here; a run that is finished already is only read.
-Levels of quality are those of plain training of the same seed (same start, same order, same noise of the evaluation)
-half-way, at three quarters and at the end; a run reaches a level where its curve, a straight line between two
-evaluations, first gets there.
+Every run is `python haste_train.py FLAGS` with the flags printed here; if a run is already
+finished, only its log is read. Levels of quality are those that plain training of the same seed
+(same start, same order, same noise of the evaluation) has half-way, at three quarters and at the
+end. A run reaches a level when its curve, a straight line between two evaluations, first gets
+there.
 """
 import argparse
 import json
@@ -17,45 +19,137 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, EVERY = 1000, 50
+STEPS = 1000
+EVERY = 50                                                                  # steps between evaluations
+MARKS = (STEPS // 2, 3 * STEPS // 4, STEPS)                                 # where plain training sets the levels
 METHODS = {  # name in the table: flags
     "plain": ["--align", "none"],
     "REPA": ["--align", "repa", "--stop", "never"],
     "HASTE": ["--align", "haste"],
     "HASTE, never stopped": ["--align", "haste", "--stop", "never"],
 }
+CURVES = ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")   # columns of a log that are read here
 
 
-def run(method, seed, out):
-    folder = out / f"{method.replace(', ', '_').replace(' ', '_').lower()}_{seed}"
-    flags = [*METHODS[method], "--seed", str(seed), "--steps", str(STEPS), "--eval-every", str(EVERY),
-             "--save-every", "0", "--out", str(folder)]
+# ---- the runs
+
+def read_log(folder):
+    """Return the rows of a run's log, none if it has not begun."""
     log = folder / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def train(method, seed, out):
+    """Train, unless that run is finished; return its evaluations as {column: array}."""
+    name = method.replace(", ", "_").replace(" ", "_").lower()
+    folder = out / f"{name}_{seed}"
+    flags = [*METHODS[method], "--seed", str(seed), "--steps", str(STEPS), "--eval-every",
+             str(EVERY), "--save-every", "0", "--out", str(folder)]
+    rows = read_log(folder)
     if not rows or rows[-1]["step"] < STEPS:
         print("python haste_train.py", *flags, flush=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "haste_train.py", *flags], cwd=ROOT, env=env, check=True,
-                       stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return {k: np.array([r[k] for r in rows if "fd" in r])
-            for k in ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")}
+        # one thread a run: two runs side by side are faster than one after the other on two threads
+        subprocess.run([sys.executable, "haste_train.py", *flags], check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        rows = read_log(folder)
+    evaluations = [row for row in rows if "fd" in row]
+    return {column: np.array([row[column] for row in evaluations]) for column in CURVES}
 
+
+def train_all(out, seeds, jobs):
+    """Return {method: [curves of each seed]}."""
+    # one run alone trains the teacher, which all others find in the cache
+    train("HASTE", 0, out)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {method: [pool.submit(train, method, seed, out) for seed in range(seeds)]
+                   for method in METHODS}
+        return {method: [job.result() for job in submitted]
+                for method, submitted in waiting.items()}
+
+
+# ---- tables and picture
 
 def steps_to(steps, values, level):
-    """First step at which the straight line between two evaluations comes down to the level; nan if never."""
+    """Return the step at which the curve first comes down to the level, nan if it never does."""
     for i in range(len(steps)):
-        if values[i] <= level:
-            if i == 0:
-                return steps[0]
-            return steps[i - 1] + (steps[i] - steps[i - 1]) * (values[i - 1] - level) / (values[i - 1] - values[i])
+        if values[i] > level:
+            continue
+        if i == 0:
+            return steps[0]
+        share = (values[i - 1] - level) / (values[i - 1] - values[i])       # of the way from i - 1 to i
+        return steps[i - 1] + (steps[i] - steps[i - 1]) * share
     return np.nan
 
 
 def plus_minus(values, digits=3, unit=1):
+    """Return mean ± deviation over the seeds, or `not reached` if one of them is nan."""
     values = unit * np.array(values)
-    return "not reached" if np.isnan(values).any() else f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+    if np.isnan(values).any():
+        return "not reached"
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def print_results(curves):
+    """Print what each method has reached at its last step."""
+    columns = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))
+    print("| method | Fréchet distance | to held-out digits | accuracy % "
+          "| nearest training digit |")
+    print("|---|---|---|---|---|")
+    for method, runs in curves.items():
+        cells = [plus_minus([run[key][-1] for run in runs], digits, unit)
+                 for key, digits, unit in columns]
+        print(f"| {method} | {' | '.join(cells)} |")
+    held = curves["plain"][0]["nearest_held"][-1]
+    print(f"\nheld-out digits lie {held:.3f} from the nearest training digit\n")
+
+
+def print_steps_to_levels(curves, key, title, sign):
+    """Print how many steps each method needs to get where plain training is at the marks.
+
+    `sign` is 1 if smaller values of the column `key` are better, else -1.
+    """
+    steps = curves["plain"][0]["step"]
+
+    def reached(runs, mark):
+        """Return for each seed the step at which its run is as good as plain's at step `mark`."""
+        at = np.flatnonzero(steps == mark)[0]
+        return [steps_to(steps, sign * run[key], sign * plain[key][at])
+                for run, plain in zip(runs, curves["plain"])]
+
+    heads = [f"at step {mark}" for mark in MARKS]
+    print(f"| steps to plain's {title} | {' | '.join(heads)} |\n|---|---|---|---|")
+    for method, runs in curves.items():
+        cells = []
+        for mark in MARKS:
+            own = reached(runs, mark)
+            # plain itself may have been there before: the ratio is to the first time
+            base = reached(curves["plain"], mark)
+            cells.append(f"{plus_minus(own, 0)} ({np.mean(own) / np.mean(base):.2f})")
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def draw(curves, path):
+    """Save a picture of both curves: mean over the seeds, and the range between best and worst."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, key, title, scale in ((axes[0], "fd", "Fréchet distance on pixels", "log"),
+                                  (axes[1], "accuracy", "accuracy", "linear")):
+        for method, runs in curves.items():
+            values = np.array([run[key] for run in runs])
+            style = "--" if "never" in method else "-"
+            line, = ax.plot(runs[0]["step"], values.mean(0), label=method, linestyle=style)
+            ax.fill_between(runs[0]["step"], values.min(0), values.max(0), alpha=0.15,
+                            color=line.get_color())
+        ax.set(title=title, xlabel="step", yscale=scale)
+    axes[1].legend()
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=100)
 
 
 def main():
@@ -63,49 +157,14 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--picture", type=Path, default=Path("out/digits/curves.png"), help="picture of the curves")
+    parser.add_argument("--picture", type=Path, default=Path("out/digits/curves.png"),
+                        help="picture of the curves")
     args = parser.parse_args()
-    out = args.out.resolve()
-    with ThreadPoolExecutor(1) as first:                                    # the first run trains the shared teacher
-        first.submit(run, "HASTE", 0, out).result()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {m: [pool.submit(run, m, seed, out) for seed in range(args.seeds)] for m in METHODS}
-        curves = {m: [j.result() for j in js] for m, js in jobs.items()}
-
-    steps = curves["plain"][0]["step"]
-    print("| method | Fréchet distance | to held-out digits | accuracy % | nearest training digit |")
-    print("|---|---|---|---|---|")
-    for method, cs in curves.items():
-        columns = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))
-        print(f"| {method} | " + " | ".join(plus_minus([c[k][-1] for c in cs], *how) for k, *how in columns) + " |")
-    print(f"\nheld-out digits lie {curves['plain'][0]['nearest_held'][-1]:.3f} from the nearest training digit\n")
-    marks = (STEPS // 2, 3 * STEPS // 4, STEPS)
-    for key, sign, title in (("fd", 1, "Fréchet distance"), ("accuracy", -1, "accuracy")):
-        def reached(cs, mark):
-            """Steps that each seed's run needs to get where plain training of the same seed is at step `mark`."""
-            at = np.flatnonzero(steps == mark)[0]
-            return [steps_to(steps, sign * c[key], sign * p[key][at]) for c, p in zip(cs, curves["plain"])]
-        print(f"| steps to plain's {title} | " + " | ".join(f"at step {m}" for m in marks) + " |\n|---|---|---|---|")
-        for method, cs in curves.items():
-            pairs = [(reached(cs, m), reached(curves["plain"], m)) for m in marks]
-            cells = [f"{plus_minus(own, 0)} ({np.mean(own) / np.mean(base):.2f})" for own, base in pairs]
-            print(f"| {method} | " + " | ".join(cells) + " |")
-        print()
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, key, title in ((axes[0], "fd", "Fréchet distance on pixels"), (axes[1], "accuracy", "accuracy")):
-        for method, cs in curves.items():
-            values = np.array([c[key] for c in cs])
-            line, = ax.plot(steps, values.mean(0), label=method, linestyle="--" if "never" in method else "-")
-            ax.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color())
-        ax.set(title=title, xlabel="step", yscale="log" if key == "fd" else "linear")
-    axes[1].legend()
-    fig.tight_layout()
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(args.picture, dpi=100)
+    curves = train_all(args.out, args.seeds, args.jobs)
+    print_results(curves)
+    print_steps_to_levels(curves, "fd", "Fréchet distance", 1)
+    print_steps_to_levels(curves, "accuracy", "accuracy", -1)
+    draw(curves, args.picture)
 
 
 if __name__ == "__main__":

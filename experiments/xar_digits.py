@@ -1,13 +1,15 @@
-"""The README's tables of xAR: entities and contexts on the digits at equal steps, three seeds; and exposure bias.
+"""Make the tables of xAR on the digits: entities and contexts at equal steps, and exposure bias.
 
-    python experiments/xar_digits.py        27 runs of at most 90 s, two at a time on one thread each
+    python -m experiments.xar_digits      # 27 runs of at most 90 s, two at a time, one thread each
 
-Every run is `python xar.py train FLAGS` with the flags printed here; a run that is finished already is only read.
+Each run is `python xar_train.py FLAGS` with the flags that are printed; a run that is finished is
+only read.
 
-Exposure bias: the error of an entity's velocity when the entities before it are not the real ones but the model's own.
-They are made from the real ones, noised to level s and brought back by the sampler, one after another, each on the
-ones made before: s = 0 is the real context, s = 1 one that is generated from nothing but the label. So the context
-stays near the image whose velocity is asked for, and the same images, noise and times serve every model.
+Exposure bias is the error of an entity's velocity when the entities before it are not the real
+ones, but the model's own. They are made from the real ones, noised to level s and brought back by
+the sampler, one after another, each given the ones made before: s = 0 is the real context, and
+s = 1 is one generated from nothing but the label. So the context stays near the image whose
+velocity is measured, and the same images, noise and times serve all models.
 """
 import argparse
 import json
@@ -21,132 +23,203 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import data
+import xar
 
-import data  # noqa: E402
-import xar  # noqa: E402
-
-SIZE = ["--depth", "4", "--batch-size", "16", "--eval-samples", "400"]     # so that the slowest run stays below 90 s
+BATCH = 16
+SIZE = ["--depth", "4", "--batch-size", str(BATCH), "--eval-samples", "400"]    # at most 90 s a run
 ENTITIES = ("patch", "cell:2", "cell:4", "subsample:2", "scale", "image")
-CONTEXT_ENTITY = "cell:4"
-LEVELS, TIMES = (0.0, 0.25, 0.5, 0.75, 1.0), (0.1, 0.3, 0.5, 0.7, 0.9)      # noise of the context; times of the error
-HELD = 100                                                                  # images of the error
+CONTEXT_ENTITY = "cell:4"                       # contexts are compared with this one
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)            # noise from which the context is made again
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # times of the velocity errors
+HELD = 100                                      # held-out images of the velocity errors
 COLUMNS = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3, 1))
 
 
+# ---- runs
+
+def read_log(folder):
+    """Return the rows of a run's log; an empty list if there is none."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def train(entity, context, seed, steps, out):
-    """Folder and log of one run."""
+    """Train unless that is done already. Returns the run's folder and the last row of its log."""
     folder = out / f"{entity.replace(':', '')}_{context}_{seed}"
-    flags = [*SIZE, "--entity", entity, "--context", context, "--seed", str(seed), "--steps", str(steps),
-             "--eval-every", str(steps), "--save-every", "0", "--out", str(folder)]
-    log = folder / "log.jsonl"
-    read = lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if not read() or read()[-1]["step"] < steps:
-        print("python xar.py train", *flags, flush=True)
-        subprocess.run([sys.executable, "xar.py", "train", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
-    rows = read()
-    batch = int(SIZE[SIZE.index("--batch-size") + 1])
-    return folder, {**rows[-1], "images_per_s": rows[-1]["step"] * batch / rows[-1]["seconds"]}
+    flags = [*SIZE, "--entity", entity, "--context", context, "--seed", str(seed),
+             "--steps", str(steps), "--eval-every", str(steps), "--save-every", "0",
+             "--out", str(folder)]
+    rows = read_log(folder)
+    if not rows or rows[-1]["step"] < steps:
+        print("python xar_train.py", *flags, flush=True)
+        subprocess.run([sys.executable, "xar_train.py", *flags], check=True,
+                       stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    last = read_log(folder)[-1]
+    return folder, {**last, "images_per_s": last["step"] * BATCH / last["seconds"]}
 
 
-def images_per_second(folder, num=100, num_steps=20):
-    """Of the sampler, on one thread, without guidance."""
-    model, start = xar.load_xar(folder / "ckpt.pt"), time.perf_counter()
-    model.sample(torch.arange(num) % model.num_classes, num_steps)
-    return num / (time.perf_counter() - start)
+# ---- measurements
+
+def images_per_second(model, samples=100, num_steps=20):
+    """Return the speed of the sampler, without guidance."""
+    y = torch.arange(samples) % model.num_classes
+    start = time.perf_counter()
+    model.sample(y, num_steps)
+    return samples / (time.perf_counter() - start)
 
 
 @torch.no_grad()
-def exposure(folder, latent, y, num_steps=10):
-    """Squared velocity error of the later entities, a number for each of LEVELS; latent [B,C,h,w] held-out images."""
-    model, errors = xar.load_xar(folder / "ckpt.pt"), []
-    real, ends = model.to_tokens(latent), np.cumsum(model.sizes)
-    for s in LEVELS:
-        g = torch.Generator().manual_seed(0)
-        randn = lambda like: torch.randn(like.shape, generator=g, dtype=like.dtype)
-        context, found = real[:, :0], []
-        for n, (end, size) in enumerate(zip(ends, model.sizes)):
-            x, eps = real[:, end - size:end], randn(real[:, end - size:end])
+def errors_at_level(model, s, latent, y, num_steps):
+    """Return the later entities' mean squared velocity error with context made from level s."""
+    g = torch.Generator().manual_seed(0)        # the same noise for every model and level
 
-            def velocity(noisy, t):
-                times = torch.zeros(len(y), n + 1)                          # the context is taken for finished
-                times[:, n] = t
-                return model(torch.cat([context, noisy.float()], dim=1), times, y)[:, -size:]
-            if n > 0:
-                found += [(velocity((1 - t) * x + t * eps, t) - (eps - x)).square().mean().item() for t in TIMES]
-            own = x if s == 0 else xar.reverse_sde(velocity, ((1 - s) * x + s * randn(x)).double(), num_steps, randn, s)
-            context = torch.cat([context, own.float()], dim=1)
-        errors.append(np.mean(found))
-    return errors
+    def randn(like):
+        return torch.randn(like.shape, generator=g, dtype=like.dtype)
 
+    real = model.to_tokens(latent)
+    context = real[:, :0]                       # what the model has made so far
+    errors = []
+    for n, x in enumerate(real.split(model.sizes, dim=1)):
+        eps = randn(x)
+
+        def velocity(noisy, t):
+            times = torch.zeros(len(y), n + 1)  # the context is taken as finished
+            times[:, n] = t
+            tokens = torch.cat([context, noisy.float()], dim=1)
+            return model(tokens, times, y)[:, -x.shape[1]:]
+
+        if n > 0:
+            for t in TIMES:
+                error = velocity((1 - t) * x + t * eps, t) - (eps - x)
+                errors.append(error.square().mean().item())
+        own = x
+        if s > 0:
+            noised = (1 - s) * x + s * randn(x)
+            own = xar.reverse_sde(velocity, noised.double(), num_steps, randn, start=s)
+        context = torch.cat([context, own.float()], dim=1)
+    return np.mean(errors)
+
+
+def exposure(model, latent, y, num_steps=10):
+    """Return the later entities' velocity error at each of LEVELS; latent [B,C,h,w] held out."""
+    return [errors_at_level(model, s, latent, y, num_steps) for s in LEVELS]
+
+
+# ---- tables and picture
 
 def plus_minus(values, digits=3, unit=1):
+    """Return the mean of some runs' values, and its standard deviation, as text."""
     values = unit * np.array(values)
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.{digits}f}"
+    return text
 
 
-def table(title, runs):
-    print(f"| {title} | Fréchet distance | to held-out digits | accuracy % | nearest training digit "
-          f"| images/s trained | images/s sampled |\n|---|---|---|---|---|---|---|")
+def print_row(name, cells):
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def print_table(title, runs):
+    """Print the scores of `runs`, {name: [(folder, last row of the log), ...]}."""
+    print_row(title, ["Fréchet distance", "to held-out digits", "accuracy %",
+                      "nearest training digit", "images/s trained", "images/s sampled"])
+    print("|---|---|---|---|---|---|---|")
     for name, results in runs.items():
-        cells = [plus_minus([row[k] for _, row in results], *how) for k, *how in COLUMNS]
-        cells.append(plus_minus([row["images_per_s"] for _, row in results], 0))
-        cells.append(plus_minus([images_per_second(folder) for folder, _ in results], 1))
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        cells = []
+        for key, digits, unit in COLUMNS:
+            cells.append(plus_minus([row[key] for _, row in results], digits, unit))
+        cells.append(plus_minus([row["images_per_s"] for _, row in results], digits=0))
+        models = [xar.load_xar(folder / "ckpt.pt") for folder, _ in results]
+        cells.append(plus_minus([images_per_second(model) for model in models], digits=1))
+        print_row(name, cells)
     print()
 
 
+def print_exposure(errors):
+    """Print `errors`, {context: [seeds,levels]}."""
+    title = "error of later entities, context made again from noise level"
+    print_row(title, [*(f"{s:g}" for s in LEVELS), "s = 1 over s = 0"])
+    print("|---|" + "---|" * (len(LEVELS) + 1))
+    for context, e in errors.items():
+        cells = [plus_minus(level) for level in e.T]
+        cells.append(plus_minus(e[:, -1] / e[:, 0], digits=2))
+        print_row(context, cells)
+
+
 def draw(errors, path):
-    """errors {context: [seeds, levels]} as a picture, its range over seeds shaded."""
+    """Draw `errors`, {context: [seeds,levels]}, with the range over seeds shaded."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3))
-    for ax, values, title in ((axes[0], errors, "squared error of later entities' velocity"),
-                              (axes[1], {c: e / e[:, :1] for c, e in errors.items()}, "relative to the real context")):
-        for c, e in values.items():
-            line, = ax.plot(LEVELS, e.mean(0), marker=".", label=f"trained on {c} context")
-            ax.fill_between(LEVELS, e.min(0), e.max(0), alpha=0.15, color=line.get_color())
-        ax.set(title=title, xlabel="context: 0 real ... 1 generated")
-    axes[1].legend(fontsize="small")
+    fig, (absolute, relative) = plt.subplots(1, 2, figsize=(8, 3))
+    absolute.set_title("squared error of later entities' velocity")
+    relative.set_title("relative to the real context")
+    for context, e in errors.items():
+        for ax, values in ((absolute, e), (relative, e / e[:, :1])):
+            label = f"trained on {context} context"
+            line, = ax.plot(LEVELS, values.mean(0), marker=".", label=label)
+            ax.fill_between(LEVELS, values.min(0), values.max(0), alpha=0.15,
+                            color=line.get_color())
+    for ax in (absolute, relative):
+        ax.set_xlabel("context: 0 real ... 1 generated")
+    relative.legend(fontsize="small")
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/xar_digits"), help="folder of the runs")
+# ---- the program
+
+def train_all(kinds, args):
+    """Return {kind: [(folder, last row), one for each seed]} of (entity, context) `kinds`."""
+    jobs = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for kind in kinds:
+            jobs[kind] = [pool.submit(train, *kind, seed, args.steps, args.out)
+                          for seed in range(args.seeds)]
+    return {kind: [job.result() for job in of_kind] for kind, of_kind in jobs.items()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.xar_digits",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/xar_digits"),
+                        help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--picture", type=Path, default=Path("out/xar_digits/exposure.png"), help="exposure bias")
-    args = parser.parse_args()
-    out, seeds = args.out.resolve(), range(args.seeds)
+    parser.add_argument("--picture", type=Path, default=Path("out/xar_digits/exposure.png"),
+                        help="where to draw the exposure bias")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    kinds = [(e, "random") for e in ENTITIES] + [(CONTEXT_ENTITY, c) for c in xar.CONTEXTS if c != "random"]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {kind: [pool.submit(train, *kind, seed, args.steps, out) for seed in seeds] for kind in kinds}
-        results = {kind: [j.result() for j in js] for kind, js in jobs.items()}
 
-    table("entity", {e: results[e, "random"] for e in ENTITIES})
-    table(f"context ({CONTEXT_ENTITY})", {c: results[CONTEXT_ENTITY, c] for c in reversed(xar.CONTEXTS)})
-    rows = [row for rs in results.values() for _, row in rs]
-    print(f"longest run: {max(row['seconds'] for row in rows):.0f} s of training; held-out digits lie "
-          f"{rows[0]['nearest_held']:.3f} from the nearest training digit\n")
+    # Every entity with random context, and every other context with one entity.
+    kinds = [(entity, "random") for entity in ENTITIES]
+    kinds += [(CONTEXT_ENTITY, context) for context in xar.CONTEXTS if context != "random"]
+    results = train_all(kinds, args)
+
+    print_table("entity", {entity: results[entity, "random"] for entity in ENTITIES})
+    by_context = {context: results[CONTEXT_ENTITY, context] for context in xar.CONTEXTS}
+    print_table(f"context ({CONTEXT_ENTITY})", dict(reversed(by_context.items())))
+    rows = []
+    for of_kind in results.values():
+        rows += [row for _, row in of_kind]
+    print(f"longest run: {max(row['seconds'] for row in rows):.0f} s of training; held-out digits "
+          f"are {rows[0]['nearest_held']:.3f} from the nearest training digit\n")
 
     held = data.open_data("digits").held
-    latent, labels = data.to_pixels(held.images)[:HELD], held.labels[:HELD]
-    errors = {c: np.array([exposure(folder, latent, labels) for folder, _ in results[CONTEXT_ENTITY, c]])
-              for c in xar.CONTEXTS}                                        # context: [seeds, levels]
-    print("| error of later entities, context made again from noise level | " + " | ".join(f"{s:g}" for s in LEVELS)
-          + " | s = 1 over s = 0 |\n|---|" + "---|" * (len(LEVELS) + 1))
-    for c, e in errors.items():
-        cells = [plus_minus(e[:, i]) for i in range(len(LEVELS))] + [plus_minus(e[:, -1] / e[:, 0], 2)]
-        print(f"| {c} | " + " | ".join(cells) + " |")
+    latent = data.to_pixels(held.images)[:HELD]
+    labels = held.labels[:HELD]
+    errors = {}
+    for context, of_context in by_context.items():
+        models = [xar.load_xar(folder / "ckpt.pt") for folder, _ in of_context]
+        errors[context] = np.array([exposure(model, latent, labels) for model in models])
+    print_exposure(errors)
     draw(errors, args.picture)
 
 

@@ -1,22 +1,27 @@
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+os.environ.setdefault("OMP_NUM_THREADS", "1")                               # faster, for operations as small as these
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path[:0] = [str(ROOT), str(GOLDEN)]
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import haste_train  # noqa: E402
+import prepare  # noqa: E402
 import teacher  # noqa: E402
 import vae  # noqa: E402
-import xar  # noqa: E402
+import xar_train  # noqa: E402
 from fill import draw, fill_state_dict  # noqa: E402
 
 
@@ -93,21 +98,21 @@ def photographs(folder, classes="abc", each=4, seed=0):
 def packed_folder(tmp_path_factory):
     """12 pictures of 16 x 16 pixels with latents [4,8,8], mirror images too."""
     top = tmp_path_factory.mktemp("packed")
-    data.main(["prepare", str(photographs(top / "photos")), str(top / "set"), "--size", "16", "--mirror",
-               "--vae", str(tiny_vae(top / "vae.pt")), "--device", "cpu"])
+    prepare.main([str(photographs(top / "photos")), str(top / "set"), "--size", "16", "--mirror",
+                  "--vae", str(tiny_vae(top / "vae.pt")), "--device", "cpu"])
     return top / "set"
 
 
-TINY_XAR = ["train", "--depth", "2", "--hidden-size", "16", "--num-heads", "2", "--entity", "cell:4",
-            "--batch-size", "8", "--steps", "4", "--lr", "0.02", "--ema", "0.5", "--log-every", "1",
+TINY_XAR = ["--depth", "2", "--hidden-size", "16", "--num-heads", "2", "--entity", "cell:4", "--batch-size", "8",
+            "--steps", "4", "--lr", "0.02", "--ema", "0.5", "--log-every", "1",
             "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu", "--resume", "never"]
 
 
 @pytest.fixture
 def tiny_xar(tmp_path):
-    """As tiny_run, for xar.py."""
+    """As tiny_run, for xar_train.py."""
     def call(*flags, out="run", base=TINY_XAR):
-        xar.main([*base, "--out", str(tmp_path / out), *flags])
+        xar_train.main([*base, "--out", str(tmp_path / out), *flags])
         return rows_of(tmp_path / out), torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
     return call
 
@@ -140,6 +145,13 @@ def photo_folder(tmp_path):
             image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode)
             image.save(tmp_path / "photos" / c / f"{i}.{'PNG' if i == 3 else 'png'}")
     return tmp_path / "photos"
+
+
+@pytest.fixture(autouse=True)
+def few_curves(request, monkeypatch):
+    """Only the tests that look at curves.png draw it: matplotlib would take half of the time."""
+    if "leaves_its_files" not in request.node.name:
+        monkeypatch.setattr(evaluate, "plot_curves", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Golden, distance
 
+import haste
 import haste_train
 from haste_train import attention_alignment, attention_alignment_grad, feature_alignment
 
@@ -109,17 +110,40 @@ def test_losses_are_float32_under_autocast():
 def test_layer_table():
     config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
                                                            depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
-    assert haste_train.layer_map(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
-    assert haste_train.layer_map(config("SiT-L/2", "repa"), 12) == (8, [])
-    assert haste_train.layer_map(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
-    assert haste_train.layer_map(config("SiT-B/2", "repa"), 12) == (4, [])
-    assert haste_train.layer_map(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
-    assert (haste_train.layer_map(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
+    assert haste_train.choose_layers(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+    assert haste_train.choose_layers(config("SiT-L/2", "repa"), 12) == (8, [])
+    assert haste_train.choose_layers(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
+    assert haste_train.choose_layers(config("SiT-B/2", "repa"), 12) == (4, [])
+    assert haste_train.choose_layers(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
+    assert (haste_train.choose_layers(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
             == (2, [(0, 3), (27, 11)]))
     for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
                            (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
         with pytest.raises(ValueError, match=message):
-            haste_train.layer_map(config("SiT-XL/2", "haste", **flags), 12)
+            haste_train.choose_layers(config("SiT-XL/2", "haste", **flags), 12)
+
+
+def test_shapes_that_would_align_the_wrong_things_are_refused():
+    q, k = torch.randn(2, 2, 3, 16, 8)
+    with_class = torch.randn(2, 3, 17, 8)
+    for qk in ((q, k, with_class, with_class), (q, k, q, with_class), (q, k, q[:1], k[:1])):
+        for loss in (attention_alignment, attention_alignment_grad):
+            with pytest.raises(ValueError, match="must be .B,H,N,d. with one B and one N: cut off class"):
+                loss(*qk)
+    for target in (torch.randn(2, 17, 5), torch.randn(2, 1, 5), torch.randn(2, 16, 6)):
+        with pytest.raises(ValueError, match="must be equal: project to the teacher's width"):
+            feature_alignment(torch.randn(2, 16, 5), target)
+    with pytest.raises(ValueError, match="SiT-M is not in ALIGNMENT, which has SiT-Ti, .*: add a row"):
+        haste.layer_map("SiT-M")
+    with pytest.raises(ValueError):
+        haste.mean_over_pairs(attention_alignment, [(q, k)], [(q, k), (q, k)])
+
+
+def test_the_teacher_gets_no_gradient():
+    z, target = torch.randn(2, 2, 16, 5, requires_grad=True)
+    student, teacher = (torch.randn(2, 2, 3, 16, 8, requires_grad=True) for _ in range(2))
+    (feature_alignment(z, target) + attention_alignment(*student, *teacher)).backward()
+    assert student.grad.any() and teacher.grad is None
 
 
 def test_feature_alignment_is_the_mean_cosine():

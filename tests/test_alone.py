@@ -1,15 +1,30 @@
-"""Each model file works alone in an empty folder; the README's commands do what it says."""
+"""Each file of the ground floor works alone in an empty folder; README and docs do what they say."""
+import importlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 
 ALONE = {
+    "haste.py": """
+import torch, haste
+q, k = torch.randn(2, 2, 4, 16, 8, requires_grad=True)
+q_t, k_t = torch.randn(2, 2, 6, 16, 12)
+loss = haste.attention_alignment(q, k, q_t, k_t)
+cheap = haste.attention_alignment_grad(q, k, q_t, k_t)
+for a, b in zip(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(cheap, (q, k))):
+    assert torch.allclose(a, b, atol=1e-6)
+assert haste.feature_alignment(q, q) == -1
+assert haste.layer_map("SiT-XL") == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+w = torch.ones(3, requires_grad=True)
+assert torch.allclose(haste.gradient_cosine(lambda t: (w.sum(), -2 * w.sum()), [w]), torch.tensor(-1.0))
+""",
     "sit.py": """
 import torch, sit
 model = sit.SiT(8, 2, 4, 32, 2, 2, 10, z_dim=6, projector_dim=8, encoder_depth=1)
@@ -62,65 +77,102 @@ assert len(fid.kid(found.kept["pool"], found.kept["pool"], subset_size=4)) == 2
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_file_alone_in_an_empty_folder(name, tmp_path):
-    shutil.copy(ROOT / name, tmp_path)
+def run_python(code, folder):
+    """Run code in a folder with nothing but that folder on the path; return what went wrong, or nothing."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", ALONE[name]], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    return "" if done.returncode == 0 else code + done.stderr
 
 
-# ---- the README
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """{file: what went wrong with it}: each in a folder of its own, two at a time."""
+    def call(name):
+        folder = tmp_path_factory.mktemp(name.replace(".", "_"))
+        shutil.copy(ROOT / name, folder)
+        return run_python(ALONE[name], folder)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ALONE, pool.map(call, ALONE)))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_file_alone_in_an_empty_folder(name, alone):
+    assert not alone[name], alone[name]
+
+
+# ---- README and docs
 
 SHORT = "--steps 20"                                                        # the README names it as the quick look
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+def blocks(language, pages=PAGES):
+    found = []
+    for page in pages:
+        found += re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    return found
 
 
 def test_first_block_runs_the_main_job_and_second_the_tests():
-    first, second = blocks("bash")[:2]
+    first, second = blocks("bash", PAGES[:1])[:2]
     assert first.strip().count("\n") == 0 and second.strip().count("\n") == 0
     assert first.strip().endswith("pip install -r requirements.txt && python haste_train.py")
     assert second.strip().endswith("&& python -m pytest")
     command = second.strip().replace("pip install ", "pip install -q ")
     assert command in (ROOT / ".ci" / "run").read_text()                    # .ci/run is the installation's test
-    assert SHORT in (ROOT / "README.md").read_text()
+    assert SHORT in PAGES[0].read_text()
 
 
-def readme_commands():
-    "Every `python ...` line of the bash blocks, without installation, torchrun on eight GPUs, and long experiments."
-    lines = [line.split("&&")[-1].split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines
-            if line.startswith("python ") and "pytest" not in line and "experiments/" not in line]
+def commands():
+    """Return every `python ...` line of the bash blocks, but not the installation and the tests."""
+    lines = []
+    for block in blocks("bash"):
+        lines += [line.split("&&")[-1].split(" #")[0].strip() for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ") and "pytest" not in line]
+
+
+def fresh_copy(folder):
+    for file in [*ROOT.glob("*.py"), ROOT / "digits.npz"]:
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "tools", folder / "tools")
 
 
 @pytest.mark.slow
-def test_readme_commands_run(tmp_path):
-    for f in [*ROOT.glob("*.py"), ROOT / "digits.npz"]:
-        shutil.copy(f, tmp_path)
-    commands = readme_commands()
-    assert len(commands) >= 5
-    for command in commands:
+def test_commands_run(tmp_path):
+    """As they stand, but for fewer steps and samples."""
+    fresh_copy(tmp_path)
+    assert len(commands()) >= 8
+    for command in commands():
         args = shlex.split(command)[1:]
-        if args[0] == "haste_train.py" and "--help" not in args:
+        if args[0] in ("haste_train.py", "xar_train.py") and "--help" not in args:
             args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
-        if args[:2] == ["xar.py", "train"] and "--help" not in args:
-            args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
-        if args[0] == "sit.py" or args[:2] == ["xar.py", "sample"]:
-            args += ["--num", "4", "--steps", "4"]
+        if args[0] == "sample.py":
+            args += ["--samples", "4", "--steps", "4"]
         done = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
-    for picture in ("samples.png", "curves.png", "grid.png", "teacher.png"):
+    for picture in ("samples.png", "curves.png", "grid.png", "teacher.png", "xar/growth.png"):
         assert (tmp_path / "out" / picture).exists(), picture
 
 
+def test_python_blocks_run(tmp_path):
+    fresh_copy(tmp_path)
+    assert len(blocks("python")) >= 3
+    with ThreadPoolExecutor(2) as pool:
+        assert not any(pool.map(lambda code: run_python(code, tmp_path), blocks("python")))
+
+
+PROGRAMS = ["haste_train", "xar_train", "sample", "prepare", "fid"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_has_help(program, capsys):
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(program).main(["--help"])
+    assert e.value.code == 0 and f"usage: {program}.py" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_readme_python_runs(tmp_path):
-    for f in ROOT.glob("*.py"):
-        shutil.copy(f, tmp_path)
-    assert blocks("python")
-    for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, code + done.stderr
+@pytest.mark.parametrize("program", [f"{name}.py" for name in PROGRAMS])
+def test_every_program_is_one(program):
+    done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and program in done.stdout and "--device" in done.stdout

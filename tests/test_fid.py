@@ -2,11 +2,13 @@
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def test_weights_from_a_file_and_their_errors(weights, tmp_path, monkeypatch, go
     torch.save([1], tmp_path / "list.pth")
     for name, message in [("cut.pth", "does not hold the Inception of FID, or is cut short"),
                           ("list.pth", "list.pth does not hold"), ("other.pth", "other.pth does not hold"),
-                          ("no.pth", "does not exist")]:
+                          ("no.pth", "--weights .*no.pth .*No such file")]:
         with pytest.raises((ValueError, OSError), match=message) as e:
             fid.load_inception(tmp_path / name)
         assert "\n" not in str(e.value)
@@ -109,7 +111,7 @@ def test_weights_from_a_file_and_their_errors(weights, tmp_path, monkeypatch, go
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
-    with pytest.raises(OSError, match="could not be fetched .no network.: download https://.* --weights"):
+    with pytest.raises(OSError, match="could not be fetched .no network.: download .*https://.* --weights"):
         fid.load_inception()
 
 
@@ -307,7 +309,7 @@ def sources(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (top / "folder" / "notes.txt").write_text("no image")
-    order = [int(f.stem) for f in data.ImageFiles(top / "folder").files]
+    order = [int(f.stem) for f in fid.ImageFiles(top / "folder").files]
     np.savez(top / "plain.npz", images[:60][order], np.arange(60))
     np.savez_compressed(top / "compressed.npz", images[:60][order])
     torch.save(torch.from_numpy(images[:60][order]).permute(0, 3, 1, 2).clone(), top / "tensor.pt")
@@ -336,7 +338,7 @@ def test_all_sources_of_the_same_images_give_the_same(sources, score):
     row = found["folder"]
     assert row.keys() == {"fd", "precision", "recall", "kid", "kid_std", "num_samples", "num_reference", "features"}
     assert (row["num_samples"], row["num_reference"]) == (60, 50) and row["fd"] > 0
-    real, fake = (fid.pixel_features(data.open_images(sources / n)[0][:]) for n in ("other.npz", "plain.npz"))
+    real, fake = (fid.pixel_features(fid.open_images(sources / n)[0][:]) for n in ("other.npz", "plain.npz"))
     assert row["fd"] == pytest.approx(fid.frechet_distance(*gaussian(fake), *gaussian(real)), rel=1e-9)
     assert (row["precision"], row["recall"]) == fid.precision_recall(real, fake)
     assert row["kid"] == pytest.approx(fid.kid(real, fake, subset_size=50)[0])
@@ -355,7 +357,7 @@ def test_statistics_stand_in_for_their_images(sources, score, tmp_path):
         np.savez(tmp_path / "both.npz", arr_0=images["arr_0"], mu=f["mu"], sigma=f["sigma"])
     row, said = score(sources / "folder", tmp_path / "both.npz", *PIXELS)
     assert row["fd"] == pytest.approx(direct["fd"], rel=1e-12) and row["precision"] == direct["precision"]
-    assert "does not say which network" in said
+    assert "statistics of unknown numbers of images; a network that the file does not name" in said
     assert score(tmp_path / "both.npz", sources / "other.npz", *PIXELS)[0]["fd"] == 0          # samples: its images
 
 
@@ -400,7 +402,7 @@ def test_split_size_and_crop(sources, score, tmp_path, monkeypatch):
 def test_every_metric_is_made_of_its_own_features(sources, score, monkeypatch):
     monkeypatch.setattr(fid, "load_network", lambda args, device: (small_network, "small"))
     row, _ = score(sources / "folder", sources / "other.npz")
-    fake, real = (small_network(data.open_images(sources / n)[0][:]) for n in ("plain.npz", "other.npz"))
+    fake, real = (small_network(fid.open_images(sources / n)[0][:]) for n in ("plain.npz", "other.npz"))
     for metric, name in (("fid", "pool"), ("sfid", "spatial")):
         expected = fid.frechet_distance(*gaussian(fake[name]), *gaussian(real[name]))
         assert row[metric] == pytest.approx(expected, rel=1e-9)
@@ -420,18 +422,18 @@ def test_statistics_of_every_origin(sources, score, tmp_path, monkeypatch):
     with np.load(sources / "other.npz") as f:
         np.savez(tmp_path / "adm.npz", arr_0=f["arr_0"], arr_1=np.array([{}]), **arrays)
     row, said = score(sources / "folder", tmp_path / "adm.npz")
-    assert row["num_reference"] is None and "statistics of an untold number" in said
+    assert row["num_reference"] is None and "statistics of unknown numbers" in said
     assert "adm.npz: 50 images are few" not in said
     assert row["sfid"] == pytest.approx(images["sfid"], rel=1e-9) and row["recall"] == images["recall"]
     np.savez(tmp_path / "pytorch.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     row, _ = score(sources / "folder", tmp_path / "pytorch.npz")
     assert "sfid" not in row and row["fid"] == pytest.approx(images["fid"], rel=1e-9)
-    with pytest.raises(SystemExit, match="--metrics sfid cannot be had .* statistics with mu_s and sigma_s"):
+    with pytest.raises(SystemExit, match="--metrics sfid cannot be had: .* statistics with mu_s and sigma_s"):
         fid.main([str(sources / "folder"), str(tmp_path / "pytorch.npz"), "--metrics", "sfid"])
     monkeypatch.setattr(fid, "load_network", None)                          # two files of statistics need no network
     row, _ = score(*stats)
     assert [row["fid"], row["sfid"]] == pytest.approx([images["fid"], images["sfid"]], rel=1e-9)
-    with pytest.raises(SystemExit, match="--save-stats wants images, and .*a.npz holds statistics"):
+    with pytest.raises(SystemExit, match="--save-stats needs images, and .*a.npz holds statistics"):
         fid.main([str(stats[0]), "--save-stats", str(tmp_path / "c.npz")])
 
 
@@ -442,7 +444,7 @@ def test_dinov2_features_are_the_class_token(sources, score, monkeypatch):
     monkeypatch.setattr(teacher, "load_dinov2", lambda *a: asked.append(a) or net)
     row, said = score(sources / "tensor.pt", sources / "other.npz", "--features", "dinov2", "--weights", "w.pth")
     assert asked == [("dinov2_vitl14", "w.pth")] and net.grid == (16, 16) and "dinov2_vitl14" in said
-    images = data.open_images(sources / "tensor.pt")[0], data.open_images(sources / "other.npz")[0][:]
+    images = fid.open_images(sources / "tensor.pt")[0], fid.open_images(sources / "other.npz")[0][:]
     with torch.no_grad():
         fake, real = (net.features(teacher.normalise(torch.nn.functional.interpolate(
             x.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)))[0].double() for x in images)
@@ -457,11 +459,11 @@ def test_class_folders_are_mixed_and_links_followed(tmp_path):
     (tmp_path / "linked").mkdir()
     for c in "ab":
         (tmp_path / "linked" / c).symlink_to(tmp_path / "real" / c)
-    names = [[str(f)[-6:] for f in data.ImageFiles(tmp_path / n).files] for n in ("real", "linked")]
+    names = [[str(f)[-6:] for f in fid.ImageFiles(tmp_path / n).files] for n in ("real", "linked")]
     assert sorted(names[0]) == sorted(names[1]) and len(names[0]) == 40
-    files = [f.parent.name for f in data.ImageFiles(tmp_path / "linked").files]
+    files = [f.parent.name for f in fid.ImageFiles(tmp_path / "linked").files]
     assert 5 <= files[:20].count("a") <= 15
-    assert [f.name for f in data.ImageFiles(tmp_path / "real" / "a").files] == [f"{i:02}.png" for i in range(20)]
+    assert [f.name for f in fid.ImageFiles(tmp_path / "real" / "a").files] == [f"{i:02}.png" for i in range(20)]
 
 
 def test_precision_is_left_out_of_large_sets_unless_asked_for(sources, score, monkeypatch):
@@ -475,22 +477,24 @@ def test_table_and_named_sets(capsys):
     assert capsys.readouterr().out.split() == ["fd", "0.00000", "precision", "1.00000"]
 
 
-def test_selfcheck_tells_right_from_wrong_values(monkeypatch, capsys):
-    g = generator()
-    sets = data.Data(*(data.ArraySet(torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=g),
-                                     torch.zeros(n)) for n in (5500, 5200)), 8, 3, ["a"])
-    monkeypatch.setattr(data, "open_data", lambda name, root: sets)
-    monkeypatch.setattr(fid, "load_network", lambda args, device: (small_network, "small"))
-    expected = fid.frechet_distance(*(m for s in (sets.train, sets.held)
-                                      for m in gaussian(fid.pixel_features(s.images[:5000]))))
-    order = np.random.RandomState(2020).permutation(5500)
-    score = fid.inception_score(fid.pixel_features(sets.train.images[order])[:, :10])
-    monkeypatch.setattr(fid, "KNOWN", {"one": expected, "two": score})
-    fid.main(["--selfcheck", "there"])
-    assert f"one: {expected:.4f}" in capsys.readouterr().out
-    monkeypatch.setattr(fid, "KNOWN", {"one": expected, "two": score + 0.02})
-    with pytest.raises(SystemExit, match="not the known values"):
-        fid.main(["--selfcheck", "there"])
+@pytest.mark.slow
+def test_known_values_of_cifar10():
+    """FID of CIFAR-10's first 5,000 training to its first 5,000 test images, Inception Score of all for training."""
+    weights = Path(torch.hub.get_dir(), "checkpoints", Path(fid.INCEPTION_URL).name)
+    if not weights.is_file():
+        pytest.skip(f"needs {fid.INCEPTION_URL} as {weights}")
+    try:
+        sets = [torchvision.datasets.CIFAR10(ROOT / "out" / "data", train=train) for train in (True, False)]
+    except RuntimeError:
+        pytest.skip("needs torchvision's CIFAR-10 in out/data")
+    train, test = (torch.from_numpy(s.data).permute(0, 3, 1, 2) for s in sets)
+    net = fid.load_inception(weights)
+    assert net.weights_sha == fid.INCEPTION_SHA
+    order = np.random.RandomState(2020).permutation(len(train))
+    a, b = (fid.extract(x[:5000], net) for x in (train, test))
+    assert fid.compare(a, b, ["fid"])["fid"] == pytest.approx(10.3233, abs=0.01)
+    everything = fid.extract(train[order], net, keep=["logits"])
+    assert fid.compare(everything, None, ["is"])["is"] == pytest.approx(11.2368, abs=0.01)
 
 
 def save_png(path, mode, **info):
@@ -502,7 +506,7 @@ BAD_IMAGES = {
     "float": (lambda p: Image.new("F", (8, 8)).save(p, "TIFF"), "more than 8 bits a channel"),
     "transparent": (lambda p: save_png(p, "RGBA"), "partly transparent"),
     "transparent palette": (lambda p: save_png(p, "P", transparency=0), "partly transparent"),
-    "no image": (lambda p: p.write_text("hello"), "no image that PIL reads"),
+    "no image": (lambda p: p.write_text("hello"), "cannot be decoded .cannot identify image"),
     "truncated": (lambda p: (Image.effect_noise((64, 64), 50).save(p), p.write_bytes(p.read_bytes()[:900])),
                   "cannot be decoded"),
     "other size": (lambda p: Image.new("RGB", (8, 9)).save(p), "mixed sizes"),
@@ -520,13 +524,28 @@ def test_bad_image_is_named_and_nothing_is_written(case, tmp_path):
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 
+def test_long_panorama_is_refused_where_it_would_be_enlarged(tmp_path):
+    Image.new("RGB", (8, 900)).save(tmp_path / "long.png")
+    assert fid.read_image(tmp_path / "long.png").size == (8, 900)
+    with pytest.raises(ValueError, match="long.png is more than 100 times as long as wide"):
+        fid.read_image(tmp_path / "long.png", crop=256)
+
+
+def test_crop_is_the_one_of_the_training_data(tmp_path):
+    for name, size in (("a.png", (61, 40)), ("b.png", (150, 333)), ("c.png", (16, 17))):
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            expected = data.center_crop(image, 16)
+        assert fid.read_image(tmp_path / name, crop=16).tobytes() == expected.tobytes()
+
+
 def test_deep_rgb_png_is_refused(tmp_path):
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     header, rows = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0), b"".join(b"\0" + bytes(6 * 8) for _ in range(8))
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                                         + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     with pytest.raises(ValueError, match="deep.png has more than 8 bits"):
-        data.read_image(tmp_path / "deep.png")
+        fid.read_image(tmp_path / "deep.png")
 
 
 def test_grey_palette_and_opaque_images_are_taken_as_they_are(tmp_path):
@@ -537,9 +556,9 @@ def test_grey_palette_and_opaque_images_are_taken_as_they_are(tmp_path):
     Image.fromarray(grey).convert("P").save(tmp_path / "c.png")
     Image.fromarray(grey > 128).save(tmp_path / "d.png")                    # one bit a pixel
     Image.new("RGB", (72, 56)).save(tmp_path / "e.bmp")                     # rows of 216 bytes are no 16 bits
-    assert data.read_image(tmp_path / "e.bmp").size == (72, 56)
+    assert fid.read_image(tmp_path / "e.bmp").size == (72, 56)
     (tmp_path / "e.bmp").unlink()
-    images = data.ImageFiles(tmp_path)[:]
+    images = fid.ImageFiles(tmp_path)[:]
     assert all(torch.equal(x, torch.from_numpy(grey).expand(3, -1, -1)) for x in images[:3])
     assert torch.equal(images[3, 0], torch.from_numpy((grey > 128) * np.uint8(255)))
 
@@ -562,12 +581,12 @@ def bad_sources(top):
     (top / "text.pt").write_text("hello")
 
 
-BAD_SOURCES = {"floats.npz": "arr_0 is no images, uint8 .N,H,W,3.$",
+BAD_SOURCES = {"floats.npz": "arr_0 is not images, uint8 .N,H,W,3.$",
                "names.npz": "neither images .arr_0. nor statistics .mu, sigma. but images$",
                "half.npz": "neither images .* but mu$", "one.npz": "1 image", "nan.npz": "not finite",
                "shape.npz": "made with the same features", "cut.npz": "cut.npz cannot be read",
-               "damaged.npz": "damaged.npz is damaged at images",
-               "empty": "empty holds no images", "dict.pt": "holds no tensor of images, uint8 .N,3,H,W.$",
+               "damaged.npz": "damaged.npz is damaged .*copy it again",
+               "empty": "empty holds no images", "dict.pt": "not a tensor of images, uint8 .N,3,H,W.$",
                "text.pt": "cannot be read", "missing": "does not exist"}
 
 
@@ -581,20 +600,117 @@ def test_bad_source_ends_with_one_line(name, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     ([], "give SAMPLES and REFERENCE"), (["digits"], "give SAMPLES and REFERENCE"),
-    (["digits", "digits", "--batch-size", "0"], "--batch-size 0 must be 1 or more"),
-    (["--selfcheck", "there", "--features", "pixels"], "--selfcheck knows values of --features inception only"),
-    (["digits", "digits", "--kid-subset-size", "1"], "--kid-subset-size 1 must be 2 or more"),
+    (["digits", "digits", "--batch-size", "0"], "--batch-size: 0 must be 1 or more"),
+    (["digits", "digits", "--kid-subset-size", "1"], "--kid-subset-size: 1 must be 2 or more"),
     (["digits", "digits", "--features", "pixels", "--kid-subset-size", "1501"], "no more than the smaller set, 1500"),
-    (["digits", "digits", "--crop", "8"], "--crop is for folders of images, and digits and digits is none"),
+    (["digits", "digits", "--crop", "8"], "--crop is for folders of images: SAMPLES and REFERENCE are none"),
     (["digits", "--save-stats", "stats.txt"], "must end in .npz"),
     (["digits", "digits", "--features", "pixels", "--metrics", "is"], "--metrics is cannot be had"),
     (["digits", "--features", "pixels", "--metrics", "kid"], "--metrics kid cannot be had"),
-    (["digits", "digits", "--metric"], "--metric is no flag; did you mean --metrics"),
+    (["digits", "digits", "--metric"], "unrecognized arguments: --metric; did you mean --metrics"),
+    (["digits", "digits", "--device", "gpu"], "--device gpu is not here: use auto or cpu"),
+    (["digits", "digits", "--features", "pixels", "--data-root", "--json"], "--data-root: expected one argument"),
 ])
 def test_bad_flags_end_with_one_line(words, message):
     with pytest.raises(SystemExit, match=message) as e:
         fid.main(words)
     assert "\n" not in str(e.value)
+
+
+def test_digits_and_torchvision_sets_by_name(tmp_path):
+    assert torch.equal(fid.open_images("digits")[0], data.open_data("digits").train.images)
+    raw = tmp_path / "MNIST" / "raw"                                        # as torchvision leaves it
+    raw.mkdir(parents=True)
+    images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8, generator=generator())
+    for name in ("train", "t10k"):
+        header = struct.pack(">IIII", 2051, 5, 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 5) + bytes(5))
+    assert torch.equal(fid.open_images("mnist", root=tmp_path)[0], images[:, None])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="mnist could not be downloaded to .*file .* --data-root") as e:
+        fid.open_images("mnist", root=tmp_path / "file")
+    assert "\n" not in str(e.value)
+
+
+def test_statistics_that_cannot_be_written_name_the_flag(sources, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--save-stats .*file/stats.npz could not be written") as e:
+        fid.main([str(sources / "other.npz"), "--save-stats", str(tmp_path / "file" / "stats.npz"), *PIXELS])
+    assert "\n" not in str(e.value)
+
+
+def test_statistics_are_written_whole_or_not_at_all(sources, tmp_path, monkeypatch):
+    def full(f, **arrays):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    stats = tmp_path / "stats.npz"
+    stats.write_text("the one before")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SystemExit, match="--save-stats .*stats.npz could not be written .*No space left"):
+        fid.main([str(sources / "other.npz"), "--save-stats", str(stats), *PIXELS])
+    assert stats.read_text() == "the one before" and [f.name for f in tmp_path.iterdir()] == ["stats.npz"]
+
+
+def test_progress_is_printed_while_it_lasts(sources, capsys, monkeypatch):
+    clock = iter(range(0, 1000, 7))
+    monkeypatch.setattr(fid.time, "perf_counter", lambda: next(clock))
+    fid.extract(fid.open_images(sources / "plain.npz")[0], small_network, batch_size=10, progress="plain.npz")
+    assert capsys.readouterr().err.splitlines() == [f"plain.npz: {p} % of 60 images" for p in (33, 66, 100)]
+
+
+# ---- alone: fid.py copied into an empty folder is a whole program
+
+@pytest.fixture
+def alone(tmp_path):
+    """Call fid.py, copied into an empty folder with the named files beside it; returns what the program left."""
+    def call(*words, beside=(), launch=()):
+        shutil.rmtree(tmp_path / "alone", ignore_errors=True)
+        (tmp_path / "alone").mkdir()
+        for name in ("fid.py", *beside):
+            shutil.copy(ROOT / name, tmp_path / "alone")
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return subprocess.run([sys.executable, *launch, "fid.py", *map(str, words)], cwd=tmp_path / "alone",
+                              env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return call
+
+
+@pytest.mark.slow
+def test_alone_with_every_source(alone, sources, tmp_path, score):
+    stats = tmp_path / "stats.npz"
+    words = [sources / "folder", "digits", *PIXELS]
+    done = alone(*words, "--save-stats", stats, beside=["digits.npz"])
+    expected, _ = score(*words)
+    names = ("fd", "precision", "recall", "kid", "kid_std")
+    assert done.stdout == "".join(f"{name:10}{expected[name]:12.5f}\n" for name in names), done.stderr
+    for name in ("tensor.pt", "plain.npz"):
+        done = alone(sources / name, stats, *PIXELS, "--json")
+        assert json.loads(done.stdout) == score(sources / name, stats, *PIXELS)[0], done.stderr
+    assert {f.name for f in (tmp_path / "alone").iterdir()} <= {"fid.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("words, missing", [
+    (["digits", "digits", *PIXELS], "digits needs digits.npz"),
+    (["plain.npz", "other.npz", "--features", "dinov2"], "--features dinov2 needs teacher.py")])
+def test_alone_says_what_is_missing(words, missing, alone, sources):
+    done = alone(*[sources / word if word.endswith(".npz") else word for word in words])
+    assert done.returncode == 1 and done.stderr == f"fid.py: {missing} beside fid.py: copy it there\n"
+
+
+@pytest.mark.slow
+def test_alone_under_torchrun(alone, sources, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [sources / "folder", sources / "other.npz", *PIXELS, "--json"]
+    one, two = (json.loads(alone(*words, launch=launch).stdout) for launch in ((), torchrun))
+    assert one == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-9, abs=1e-12) for k, v in two.items()}
+
+    (tmp_path / "mixed").mkdir()
+    for i in range(4):                                                      # only the second process finds it
+        Image.new("RGB", (8, 8 + i // 3)).save(tmp_path / "mixed" / f"{i}.png")
+    for name, message in (("missing", "missing does not exist"), (tmp_path / "mixed", "images of mixed sizes")):
+        done = alone(name, sources / "folder", *PIXELS, launch=torchrun)
+        assert done.returncode != 0 and not done.stdout
+        assert done.stderr.count(f"fid.py: {message}") == 2 and "RuntimeError" not in done.stderr
 
 
 # ---- against other people's programs

@@ -6,9 +6,9 @@ from conftest import Golden, distance, rows_of
 from test_sit import haste_golden
 from test_xar import official, recorded, small
 
-import data
 import fid
 import haste_train
+import prepare
 import run
 import vae
 import xar
@@ -74,18 +74,17 @@ def test_run_is_close_to_the_cpus(tiny_run, tmp_path, flags):
 
 
 def test_steps_that_do_not_log_do_not_synchronise(tiny_run, monkeypatch):
-    step, require = run.Student.step, run.FiniteGuard.require
+    zero_grad, refuse = torch.optim.AdamW.zero_grad, run.refuse_nonfinite
 
-    def watched_step(self, *args):
-        norm = step(self, *args)
+    def watched_zero_grad(self, *args, **kw):
+        zero_grad(self, *args, **kw)
         torch.cuda.set_sync_debug_mode("error")                             # from the end of the first step on
-        return norm
 
-    def watched_require(self):
+    def watched_refuse(*args):
         torch.cuda.set_sync_debug_mode("default")                           # the host may wait when it logs
-        require(self)
-    monkeypatch.setattr(run.Student, "step", watched_step)
-    monkeypatch.setattr(run.FiniteGuard, "require", watched_require)
+        refuse(*args)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", watched_zero_grad)
+    monkeypatch.setattr(run, "refuse_nonfinite", watched_refuse)
     try:
         tiny_run("--device", "cuda", "--steps", "8", "--stop", "never", "--log-every", "100", "--eval-every", "0")
     finally:
@@ -139,8 +138,8 @@ def test_xar_trains(tiny_xar, flags):
 def test_packed_data_is_prepared_and_trained_on(tiny_run, tiny_xar, packed_folder, tmp_path):
     """Moments of the GPU's encoder are the CPU's but for TF32; both programs train on them and draw decoded samples."""
     photos, weights = packed_folder.parent / "photos", packed_folder.parent / "vae.pt"
-    data.main(["prepare", str(photos), str(tmp_path / "set"), "--size", "16", "--mirror", "--vae", str(weights),
-               "--device", "cuda"])
+    prepare.main([str(photos), str(tmp_path / "set"), "--size", "16", "--mirror", "--vae", str(weights),
+                  "--device", "cuda"])
     found, expected = (torch.from_numpy(np.load(f / "moments.npy")).float() for f in (tmp_path / "set", packed_folder))
     assert distance(found, expected) < 1e-2
     flags = ["--data", str(tmp_path / "set"), "--mirror", "--device", "cuda"]

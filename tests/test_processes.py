@@ -1,394 +1,370 @@
-"""Many processes, killed processes, compiled processes. Each test starts some: `python -m pytest -m slow`."""
+"""Many processes, killed processes, compiled processes: `python -m pytest -m slow`."""
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_XAR, photographs, rows_of, same_weights
+from PIL import Image
+from processes import (ENV, checkpoint, finish, free_port, kill, kill_all, start, steps_in,
+                       torchrun, wait_for_step, wait_until, workers_of)
 
 pytestmark = pytest.mark.slow
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-HASTE, XAR = ("haste_train.py", *TINY), ("xar.py", *TINY_XAR)
+HASTE = ["haste_train.py", *TINY, "--eval-every", "0"]
+XAR = ["xar_train.py", *TINY_XAR, "--eval-every", "0"]
 
 
-def start(processes, *flags, out, teacher=None, env=(), program=HASTE, evaluation=("--eval-every", "0"), **kwargs):
-    """Popen of a program, under torchrun where there are several processes; output goes to OUT.txt."""
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                      f"--nproc_per_node={processes}", *kwargs.pop("torchrun", [])]
-    usual = [] if evaluation is None else [*evaluation, "--out", str(out)]                  # data.py has neither
-    command = [*launch, str(ROOT / program[0]), *program[1:], *usual, *flags]
-    command += ["--teacher-weights", str(teacher)] if teacher else []
-    with open(f"{out}.txt", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**ENV, **dict(env)}, start_new_session=True)
+def start_training(processes, *flags, out, teacher=None, program=HASTE, launch=None, env=()):
+    """Start a training program, its output in OUT.txt. `launch` replaces the usual torchrun."""
+    launch = torchrun(processes) if launch is None else launch
+    words = [*launch, *program, "--out", out, *flags]
+    if teacher:
+        words += ["--teacher-weights", teacher]
+    return start(words, f"{out}.txt", env)
 
 
-def finish(process, out, code=0, timeout=300):
-    try:
-        assert process.wait(timeout) == code, Path(f"{out}.txt").read_text()[-3000:]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return Path(f"{out}.txt").read_text()
+def train(processes, *flags, **kwargs):
+    """Train to the end; return all output."""
+    return finish(start_training(processes, *flags, **kwargs))
 
 
-def go(processes, *flags, out, **kwargs):
-    return finish(start(processes, *flags, out=out, **kwargs), out)
+def three_ways(tmp_path, *flags, **kwargs):
+    """Train on one process, on two, and on two with accumulation; return the rows of their logs."""
+    train(1, *flags, out=tmp_path / "one", **kwargs)
+    train(2, *flags, out=tmp_path / "two", **kwargs)
+    train(2, *flags, "--accumulate", "2", out=tmp_path / "parts", **kwargs)
+    return [rows_of(tmp_path / name) for name in ("one", "two", "parts")]
 
 
-def checkpoint(out):
-    return torch.load(Path(out) / "ckpt.pt", weights_only=True)
+def assert_close(logs, steps, key="loss", tolerance=1e-5):
+    """Assert that all logs agree with the first one in a number of every step that has it."""
+    for rows in logs:
+        assert [r["step"] for r in rows] == list(range(1, steps + 1))
+        for a, b in zip(logs[0], rows):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert abs(a[key] - b[key]) < tolerance * max(1, abs(a[key])), (a["step"], key)
 
 
-def workers_of(process):
-    """Process ids of torchrun's workers."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, parent = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            if parent == process.pid and str(ROOT) in (stat.parent / "cmdline").read_text():
-                found.append(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return sorted(found)
-
-
-def wait_for_step(out, step, timeout=120):
-    """Until log.jsonl holds this step."""
-    until = time.time() + timeout
-    while time.time() < until:
-        if ((Path(out) / "log.jsonl").exists()
-            and any(r.get("step", 0) >= step
-                    for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()[:-1]))):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(Path(f"{out}.txt").read_text()[-3000:])
+def assert_same_run(a, b):
+    """Assert that two runs have ended bit for bit alike."""
+    assert same_weights(checkpoint(a), checkpoint(b))
+    assert rows_of(a) == rows_of(b)
 
 
 def test_two_processes_are_one(tmp_path, small_teacher):
-    """Same loss curve for one process, two processes, and two with accumulation, across the end of the guidance."""
-    flags = ["--steps", "20", "--stop", "10", "--mirror"]
-    for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
-        go(n, *flags, *extra, out=tmp_path / name, teacher=small_teacher)
-    one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
-    for a, b, c in zip(one, two, parts):
-        assert a.keys() == b.keys() == c.keys() and ("feature_loss" in a) == (a["step"] <= 10)
-        for k, tolerance in (("loss", 1e-5), ("feature_loss", 1e-5), ("attention_loss", 1e-5), ("grad_norm", 1e-4)):
-            assert k not in a or max(abs(a[k] - b[k]), abs(a[k] - c[k])) < tolerance * max(1, abs(a[k])), (a["step"], k)
-    assert len(one) == len(two) == 20
+    """One process, two, and two with accumulation: the same curves, across the end of guidance."""
+    logs = three_ways(tmp_path, "--steps", "20", "--stop", "10", "--mirror", teacher=small_teacher)
+    for key in ("loss", "feature_loss", "attention_loss"):
+        assert_close(logs, 20, key)
+    assert_close(logs, 20, "grad_norm", tolerance=1e-4)
+    for rows in logs:
+        assert [r["step"] for r in rows if "feature_loss" in r] == list(range(1, 11))
+        assert [r.keys() for r in rows] == [r.keys() for r in logs[0]]
 
 
 def test_resume_on_two_processes_is_bit_for_bit(tmp_path, small_teacher):
     flags = ["--resume", "auto", "--stop", "4"]
-    go(2, *flags, "--steps", "8", out=tmp_path / "straight", teacher=small_teacher)
+    train(2, *flags, "--steps", "8", out=tmp_path / "straight", teacher=small_teacher)
     for steps in ("3", "6", "8"):
-        go(2, *flags, "--steps", steps, out=tmp_path / "parts", teacher=small_teacher)
-    assert same_weights(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "parts"))
-    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "parts")
+        train(2, *flags, "--steps", steps, out=tmp_path / "parts", teacher=small_teacher)
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
     # on another number of processes
-    text = go(1, *flags, "--steps", "9", out=tmp_path / "parts", teacher=small_teacher)
-    assert "going on from step 8" in text and checkpoint(tmp_path / "parts")["steps"] == 9
+    text = train(1, *flags, "--steps", "9", out=tmp_path / "parts", teacher=small_teacher)
+    assert "resuming from step 8" in text and checkpoint(tmp_path / "parts")["steps"] == 9
 
 
-@pytest.mark.parametrize("processes,whom", [(1, "all"), (2, "one"), (2, "all")])
+@pytest.mark.parametrize("processes, whom", [(1, "all"), (2, "one"), (2, "all")])
 def test_sigterm_saves_and_exits_with_0(tmp_path, small_teacher, processes, whom):
-    """A signal to any process ends all after the same step; the same command then reaches the undisturbed weights."""
-    flags = ["--resume", "auto", "--steps", "4000", "--stop", "20"]
-    process = start(processes, *flags, out=tmp_path / "run", teacher=small_teacher)
-    wait_for_step(tmp_path / "run", 10)
+    """A signal to any process ends all after the same step; the same command resumes exactly."""
+    flags = ["--resume", "auto", "--stop", "20"]
+    process = start_training(processes, *flags, "--steps", "4000", out=tmp_path / "run",
+                             teacher=small_teacher)
+    wait_for_step(process, tmp_path / "run", 10)
     targets = [process.pid] if processes == 1 else workers_of(process)
     assert len(targets) == processes
     for pid in targets if whom == "all" else targets[-1:]:
         os.kill(pid, signal.SIGTERM)
-    text = finish(process, tmp_path / "run", code=0)
+    text = finish(process)
     done = checkpoint(tmp_path / "run")["steps"]
     assert 10 <= done < 4000 and f"stopped by a signal after step {done}" in text
-    goal = str(done + 5)
-    go(processes, *flags[:-4], "--stop", "20", "--steps", goal, out=tmp_path / "run", teacher=small_teacher)
-    go(processes, *flags[:-4], "--stop", "20", "--steps", goal, out=tmp_path / "straight", teacher=small_teacher)
-    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+    for name in ("run", "straight"):
+        train(processes, *flags, "--steps", done + 5, out=tmp_path / name,
+              teacher=small_teacher)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_sigterm_to_torchrun_itself_loses_nothing(tmp_path, small_teacher):
-    process = start(2, "--resume", "auto", "--steps", "4000", out=tmp_path / "run", teacher=small_teacher)
-    wait_for_step(tmp_path / "run", 5)
-    # torchrun hands it to its workers, and itself exits with 1
+    flags = ["--resume", "auto", "--steps", "4000"]
+    process = start_training(2, *flags, out=tmp_path / "run", teacher=small_teacher)
+    wait_for_step(process, tmp_path / "run", 5)
     process.terminate()
-    process.wait(60)
-    assert checkpoint(tmp_path / "run")["steps"] >= 5 and "stopped by a signal" in (tmp_path / "run.txt").read_text()
+    text = finish(process, code=1)                                          # its workers get the signal; it says 1
+    assert checkpoint(tmp_path / "run")["steps"] >= 5 and "stopped by a signal" in text
 
 
 def test_kill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path, small_teacher):
-    """kill -9 while a checkpoint is written at every step; the survivor reaches the undisturbed run's weights."""
-    rng, flags = random.Random(0), ["--resume", "auto", "--save-every", "1", "--stop", "30"]
-    for i in range(5):
-        process = start(1, *flags, "--steps", "4000", out=tmp_path / "run", teacher=small_teacher)
-        wait_for_step(tmp_path / "run", (checkpoint(tmp_path / "run")["steps"] if i else 0) + 3)
+    """kill -9 while every step writes a checkpoint: it resumes to the undisturbed weights."""
+    rng = random.Random(0)
+    flags = ["--resume", "auto", "--stop", "30"]
+    done = 0
+    for _ in range(5):
+        process = start_training(1, *flags, "--save-every", "1", "--steps", "4000",
+                                 out=tmp_path / "run", teacher=small_teacher)
+        wait_for_step(process, tmp_path / "run", done + 3)
         time.sleep(rng.random() / 2)
-        process.kill()
-        process.wait()
-        saved = checkpoint(tmp_path / "run")                                # readable, whatever was going on
-    goal = str(saved["steps"] + 3)
-    go(1, *flags, "--steps", goal, out=tmp_path / "run", teacher=small_teacher)
-    go(1, *flags, "--save-every", "0", "--steps", goal, out=tmp_path / "straight", teacher=small_teacher)
-    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
-    assert (rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
-            and not list((tmp_path / "run").glob("*.partial")))
+        kill_all(process)
+        done = checkpoint(tmp_path / "run")["steps"]                        # readable, whatever was going on
+    for name, save_every in (("run", "1"), ("straight", "0")):
+        train(1, *flags, "--save-every", save_every, "--steps", done + 3, out=tmp_path / name,
+              teacher=small_teacher)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
     flags = ["--resume", "auto", "--save-every", "5", "--steps", "60", "--stop", "30"]
-    process = start(2, *flags, out=tmp_path / "run", teacher=small_teacher, torchrun=["--max-restarts=2"])
-    wait_for_step(tmp_path / "run", 12)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    text = finish(process, tmp_path / "run")
-    assert "going on from step" in text
-    go(2, *flags, out=tmp_path / "straight", teacher=small_teacher)
-    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+    process = start_training(2, *flags, out=tmp_path / "run", teacher=small_teacher,
+                             launch=torchrun(2, "--max-restarts=2"))
+    wait_for_step(process, tmp_path / "run", 12)
+    kill(workers_of(process)[0])
+    assert "resuming from step" in finish(process)
+    train(2, *flags, out=tmp_path / "straight", teacher=small_teacher)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
-@pytest.mark.parametrize("flags,message", [
+@pytest.mark.parametrize("flags, message", [
     (["--batch-size", "9"], "--batch-size 9 must be a multiple of 2 (processes x --accumulate)"),
-    (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--data", "nowhere"], "--data nowhere is not a folder"),
     (["--teacher-weights", "nowhere.pt"], "nowhere.pt do not exist"),
     (["--teacher", "dino"], "teacher 'dino' is neither small nor"),
 ])
 def test_errors_of_many_processes_are_one_line(tmp_path, flags, message):
-    process = start(2, *flags, out=tmp_path / "run")
-    text = finish(process, tmp_path / "run", code=1)
-    assert message in text and "haste_train.py\", line" not in text and text.count("haste_train.py: ") == 2
+    text = finish(start_training(2, *flags, out=tmp_path / "run"), code=1)
+    assert message in text and text.count("haste_train.py: ") == 2
+    assert "haste_train.py\", line" not in text                             # no traceback
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_precision_and_compile(tmp_path, small_teacher, processes):
-    """Ten steps across the end of the guidance: bf16 and compiled runs stay within 2 % of fp32, one recompilation.
+    """Ten steps across the end of guidance: bf16 and compiled runs stay within 2 % of fp32.
 
-    At a moderate learning rate: TINY's, twenty times higher, amplifies any rounding until it shows in the loss.
+    There is one recompilation, when the guidance ends. The learning rate is moderate: TINY's,
+    twenty times higher, amplifies any rounding until it shows in the loss.
     """
     flags = ["--steps", "10", "--stop", "5", "--lr", "1e-3"]
-    go(processes, *flags, "--precision", "fp32", out=tmp_path / "fp32", teacher=small_teacher)
+    flags += ["--batch-size", 8 * processes]                                # two find what one has compiled
+    train(processes, *flags, "--precision", "fp32", out=tmp_path / "fp32", teacher=small_teacher)
     reference = rows_of(tmp_path / "fp32")
     for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"]),
                         ("both", ["--precision", "bf16", "--compile"])):
-        text = go(processes, *flags, *extra, out=tmp_path / name, teacher=small_teacher,
-                  env={"TORCH_LOGS": "recompiles"})
+        text = train(processes, *flags, *extra, out=tmp_path / name, teacher=small_teacher,
+                     env={"TORCH_LOGS": "recompiles"})
         for a, b in zip(reference, rows_of(tmp_path / name)):
             assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])
-        assert len(re.findall("Recompiling function", text)) == (processes if "--compile" in extra else 0), text
+        expected = processes if "--compile" in extra else 0
+        assert len(re.findall("Recompiling function", text)) == expected, text
         assert all(w.dtype == torch.float32 for w in checkpoint(tmp_path / name)["model"].values())
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, small_teacher):
-    """Two processes, then one, then two with accumulation: the loss curve of one process alone, to rounding."""
-    go(1, "--steps", "18", "--stop", "9", out=tmp_path / "straight", teacher=small_teacher)
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, small_teacher):
+    """Two processes, then one, then two with accumulation: the curve of one, to rounding."""
+    train(1, "--steps", "18", "--stop", "9", out=tmp_path / "straight", teacher=small_teacher)
     flags = ["--resume", "auto", "--stop", "9"]
     for processes, steps, extra in ((2, "6", []), (1, "12", []), (2, "18", ["--accumulate", "2"])):
-        go(processes, *flags, "--steps", steps, *extra, out=tmp_path / "run", teacher=small_teacher)
-    a, b = rows_of(tmp_path / "straight"), rows_of(tmp_path / "run")
-    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 19))
-    assert all(abs(r["loss"] - s["loss"]) < 1e-4 * r["loss"] for r, s in zip(a, b))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        train(processes, *flags, "--steps", steps, *extra, out=tmp_path / "run",
+              teacher=small_teacher)
+    assert_close([rows_of(tmp_path / "straight"), rows_of(tmp_path / "run")], 18, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kills", [0, 3])
 def test_two_nodes_are_one(tmp_path, small_teacher, kills):
-    """Two torchrun agents with a worker each, as on two machines, give one agent's weights bit for bit.
+    """Two torchrun agents with a worker each, as on two machines, give one agent's weights.
 
-    Also when workers are killed, now on one, now on the other: their agents count restarts differently.
+    Bit for bit, also if workers are killed, now on one, now on the other: the agents then count
+    restarts differently.
     """
-    flags, port = ["--steps", "400", "--stop", "6", "--resume", "auto", "--save-every", "10"], free_port()
-    nodes = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--max-restarts={kills}",
-         "--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / HASTE[0]), *TINY,
-         "--eval-every", "0", "--out", str(tmp_path / "nodes"), "--teacher-weights", str(small_teacher), *flags],
-        stdout=open(tmp_path / f"node{i}.txt", "w"), stderr=subprocess.STDOUT, env=ENV, start_new_session=True)
-        for i in range(2)]
+    flags = ["--steps", "400", "--stop", "6", "--resume", "auto", "--save-every", "10"]
+    out = tmp_path / "nodes"
+    words = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+             f"--max-restarts={kills}", "--rdzv_backend=c10d", "--rdzv_id=test",
+             f"--rdzv_endpoint=127.0.0.1:{free_port()}", *HASTE, "--out", out,
+             "--teacher-weights", small_teacher, *flags]
+    nodes = [start(words, tmp_path / f"node{i}.txt") for i in range(2)]
     try:
         for i in range(kills):
-            seen = len(rows_of(tmp_path / "nodes")) if (tmp_path / "nodes" / "log.jsonl").exists() else 0
-            wait_for_step(tmp_path / "nodes", seen + 15)
-            os.kill(workers_of(nodes[i % 2])[0], signal.SIGKILL)
-        for n in nodes:
-            n.wait(300)
+            wait_for_step(nodes[0], out, steps_in(out) + 15)
+            kill(workers_of(nodes[i % 2])[0])
+        texts = [finish(node) for node in nodes]
     finally:
-        for n in nodes:
-            if n.poll() is None:
-                os.killpg(n.pid, signal.SIGKILL)
-    texts = [(tmp_path / f"node{i}.txt").read_text() for i in range(2)]
-    assert [n.returncode for n in nodes] == [0, 0], texts[0][-2000:] + texts[1][-2000:]
-    assert sum(t.count("going on from step") for t in texts) == kills
-    go(2, *flags, out=tmp_path / "one", teacher=small_teacher)
-    assert same_weights(checkpoint(tmp_path / "nodes"), checkpoint(tmp_path / "one"))
-    assert rows_of(tmp_path / "nodes") == rows_of(tmp_path / "one")
+        for node in nodes:
+            kill_all(node)
+    assert sum(text.count("resuming from step") for text in texts) == kills
+    train(2, *flags, out=tmp_path / "one", teacher=small_teacher)
+    assert_same_run(out, tmp_path / "one")
 
 
 def test_random_kills_change_nothing(tmp_path):
-    subprocess.run([sys.executable, str(ROOT / "experiments" / "kills.py"), "--kills", "4", "--steps", "2500", "--out",
-                    str(tmp_path / "kills")], check=True, env=ENV)
+    words = ["tests/kills.py", "--kills", "4", "--steps", "2500", "--out", tmp_path / "kills"]
+    text = finish(start(words, tmp_path / "kills.txt"), timeout=900)
+    assert text.count("| identical |") == 2
 
 
 # ---- packed data
 
-def prepared(processes, out, photos, net, *flags, **kwargs):
-    return start(processes, str(photos), str(out), "--size", "16", "--vae", str(net), "--device", "cpu",
-                 "--batch-size", "1", *flags, out=out, evaluation=None, program=("data.py", "prepare"), **kwargs)
+def start_preparing(processes, out, photos, net, *flags):
+    words = ["prepare.py", photos, out, "--size", "16", "--vae", net, "--device", "cpu",
+             "--batch-size", "1"]
+    return start([*torchrun(processes), *words, *flags], f"{out}.txt")
 
 
 def test_preparation_is_the_same_for_any_number_of_processes(tmp_path, packed_folder):
     """Three processes, one of them killed, the rest by one process: the same arrays."""
-    photos, net = packed_folder.parent / "photos", packed_folder.parent / "vae.pt"
-    process = prepared(3, tmp_path / "set", photos, net, "--mirror")
-    until = time.time() + 120
-    while time.time() < until and not (tmp_path / "set" / "data.json").exists():
-        time.sleep(0.01)
-    for pid in (*workers_of(process), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    finish(prepared(1, tmp_path / "set", photos, net, "--mirror"), tmp_path / "set")
-    finish(prepared(3, tmp_path / "three", photos, net, "--mirror"), tmp_path / "three")
+    photos = packed_folder.parent / "photos"
+    net = packed_folder.parent / "vae.pt"
+    killed = tmp_path / "killed"
+    process = start_preparing(3, killed, photos, net, "--mirror")
+    wait_until((killed / "data.json").exists, process)
+    kill_all(process)
+    finish(start_preparing(1, killed, photos, net, "--mirror"))
+    finish(start_preparing(3, tmp_path / "three", photos, net, "--mirror"))
     for name in ("images", "moments", "labels", "done"):
-        a, b, c = (np.load(folder / f"{name}.npy").astype(float)
-                   for folder in (packed_folder, tmp_path / "set", tmp_path / "three"))
-        assert np.allclose(a, b, atol=1e-2) and np.allclose(a, c, atol=1e-2), name          # a batch's rounding
-    assert json.loads((tmp_path / "set" / "data.json").read_text())["complete"]
+        whole = np.load(packed_folder / f"{name}.npy").astype(float)
+        for folder in (killed, tmp_path / "three"):
+            array = np.load(folder / f"{name}.npy").astype(float)
+            assert np.allclose(whole, array, atol=1e-2), name               # a batch's rounding
+    assert json.loads((killed / "data.json").read_text())["complete"]
 
 
-def test_packed_training_on_two_processes_is_that_on_one(tmp_path, small_teacher, packed_folder):
-    for program, teacher in ((HASTE, small_teacher), (XAR, None)):
-        flags = ["--steps", "12", "--mirror", "--data", str(packed_folder)]
-        flags += ["--stop", "6"] if teacher else []
-        for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
-            go(n, *flags, *extra, out=tmp_path / name, program=program, teacher=teacher)
-        one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
-        assert len(one) == 12
-        for a, b, c in zip(one, two, parts):
-            assert max(abs(a["loss"] - b["loss"]), abs(a["loss"] - c["loss"])) < 1e-5 * max(1, a["loss"]), a["step"]
+@pytest.mark.parametrize("program", [HASTE, XAR], ids=["haste", "xar"])
+def test_packed_training_on_two_processes_is_that_on_one(tmp_path, small_teacher, packed_folder,
+                                                         program):
+    flags = ["--steps", "12", "--mirror", "--data", packed_folder]
+    teacher = small_teacher if program is HASTE else None
+    if teacher:
+        flags += ["--stop", "6"]
+    assert_close(three_ways(tmp_path, *flags, program=program, teacher=teacher), 12)
 
 
-def test_sampling_goes_on_with_another_number_of_processes(tmp_path, packed_folder, small_teacher):
-    go(1, "--steps", "2", "--data", str(packed_folder), out=tmp_path / "run", teacher=small_teacher)
-    flags = ["--num", "40", "--steps", "40", "--batch-size", "2", "--device", "cpu"]
-    program = ("sit.py", "--ckpt", str(tmp_path / "run" / "ckpt.pt"))
-    kwargs = dict(evaluation=(), program=program, torchrun=["--"])          # --: torchrun has a --num... of its own
-    go(1, *flags, out=tmp_path / "one.npz", **kwargs)
-    process, parts = start(2, *flags, out=tmp_path / "two.npz", **kwargs), tmp_path / "two.npz.parts"
-    until = time.time() + 120
-    while time.time() < until and len(list(parts.glob("*.npy"))) < 3:
-        time.sleep(0.01)
-    for pid in (*workers_of(process), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert 3 <= len(list(parts.glob("*.npy"))) < 20 and not (tmp_path / "two.npz").exists()
-    go(3, *flags, out=tmp_path / "two.npz", **kwargs)
+def test_sampling_resumes_with_another_number_of_processes(tmp_path, packed_folder, small_teacher):
+    train(1, "--steps", "2", "--data", packed_folder, out=tmp_path / "run", teacher=small_teacher)
+    command = ["sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--samples", "40",
+               "--steps", "40", "--device", "cpu"]
+
+    def draw(processes, name, batch):
+        words = [*torchrun(processes), *command, "--batch-size", batch,
+                 "--out", tmp_path / f"{name}.npz"]
+        return start(words, tmp_path / f"{name}.txt")
+
+    finish(draw(1, "one", 2))
+    parts = tmp_path / "two.npz.parts"
+    process = draw(2, "two", 2)
+    wait_until(lambda: len(list(parts.glob("*.npy"))) >= 3, process)
+    kill_all(process)
+    whole = {part.name for part in parts.glob("*.npy")}
+    assert 3 <= len(whole) < 20 and not (tmp_path / "two.npz").exists()
+    assert whole < {f"{begin:08d}_{begin + 2:08d}.npy" for begin in range(0, 40, 2)}
+    text = finish(draw(3, "two", 3))                                        # also with another batch
+    left = 40 - 2 * len(whole)
+    assert f"{left} of {left} images" in text                               # no whole part was drawn again
     with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "two.npz") as b:
-        assert a["arr_0"].shape == (40, 16, 16, 3) and abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+        assert a["arr_0"].shape == (40, 16, 16, 3)
+        assert abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
         assert np.array_equal(a["arr_1"], b["arr_1"])
 
 
 def test_full_scale_from_photographs_to_scores(tmp_path):
-    """Every command of a run on ImageNet, at small sizes: on real photographs where they are at hand, else drawn."""
-    archive, photos = ROOT.parent / "shared" / "data" / "imagenet_sample.tar", tmp_path / "photos"
+    """Every command of a run on ImageNet, small: on real photographs if they are at hand."""
+    archive = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
+    photos = tmp_path / "photos"
     if archive.exists():
         with tarfile.open(archive) as tar:
             tar.extractall(photos, filter="data")
         photos /= "imagenet_sample"
     else:
         photographs(photos, classes="abcdefgh", each=2)
-    subprocess.run([sys.executable, str(ROOT / "experiments" / "full_scale.py"), str(photos), "--out",
-                    str(tmp_path / "full")], check=True, env=ENV)
+    words = ["tests/full_scale.py", photos, "--out", tmp_path / "full"]
+    finish(start(words, tmp_path / "full.txt"), timeout=1800)
     shutil.rmtree(tmp_path / "full")                                        # a gigabyte of weights
-
-
-def test_benchmarks_of_packed_data_run(tmp_path):
-    out = ["--out", str(tmp_path / "bench")]
-    for command in (["loader", "--count", "600", "--size", "32"],
-                    ["train", "--device", "cpu", "--steps", "4", "--count", "10", "--model", "SiT-Ti/8", "--batch-size",
-                     "2", "--log-every", "1"]):
-        done = subprocess.run([sys.executable, str(ROOT / "bench.py"), *command, *out], capture_output=True, text=True)
-        assert done.returncode == 0 and not list((tmp_path / "bench").iterdir()), done.stderr[-2000:]
-        assert ("samples/s" if command[0] == "loader" else "waited for data") in done.stdout
 
 
 # ---- fid.py
 
 def test_fid_is_the_same_for_any_number_of_processes(tmp_path):
-    """Three processes, one of which has no images at all, and metrics of whole sets: as one process. Errors as well."""
-    from PIL import Image
-    images = torch.randint(0, 256, (44, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    """Scores and errors of three processes, one of which has no images at all, are those of one."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (44, 8, 8, 3), dtype=torch.uint8, generator=g)
     torch.save(images[:4].permute(0, 3, 1, 2).clone(), tmp_path / "a.pt")
     (tmp_path / "b").mkdir()
     for i, image in enumerate(images[4:].numpy()):
         Image.fromarray(image).save(tmp_path / "b" / f"{i:02}.png")
 
-    def call(*launch):
-        words = ["fid.py", str(tmp_path / "a.pt"), str(tmp_path / "b"), "--features", "pixels", "--json"]
-        return subprocess.run([sys.executable, *launch, *words], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = [call(), call(*torchrun)]
+    def score(processes):
+        words = ["fid.py", tmp_path / "a.pt", tmp_path / "b", "--features", "pixels", "--json"]
+        return subprocess.run([sys.executable, *torchrun(processes), *words], cwd=ROOT, env=ENV,
+                              capture_output=True, text=True)
+
+    done = [score(1), score(3)]
     assert [d.returncode for d in done] == [0, 0], done[1].stderr[-2000:]
     one, three = (json.loads(d.stdout) for d in done)
     assert one.keys() == three.keys() and {"fd", "precision", "recall", "kid"} < one.keys()
-    assert all(one[k] == (v if isinstance(v, str) else pytest.approx(v, rel=1e-9, abs=1e-12)) for k, v in three.items())
+    for name, value in three.items():
+        if not isinstance(value, str):
+            value = pytest.approx(value, rel=1e-9, abs=1e-12)
+        assert one[name] == value, name
     Image.new("RGB", (9, 8)).save(tmp_path / "b" / "39.png")                # read by the last process only
-    for launch in ((), torchrun):
-        assert "fid.py: images of mixed sizes" in call(*launch).stderr
+    for processes in (1, 3):
+        assert "fid.py: images of mixed sizes" in score(processes).stderr
 
 
 # ---- xAR
 
-def test_xar_on_two_processes_is_xar_on_one(tmp_path):
-    for entity, context in (("cell:4", "random"), ("scale", "clean")):
-        flags = ["--steps", "20", "--mirror", "--entity", entity, "--context", context, "--eval-every", "20"]
-        for name, n, extra in (("one", 1, []), ("two", 2, []), ("parts", 2, ["--accumulate", "2"])):
-            go(n, *flags, *extra, out=tmp_path / name, program=XAR)
-        one, two, parts = (rows_of(tmp_path / n) for n in ("one", "two", "parts"))
-        assert len(one) == len(two) == 20
-        for a, b, c in zip(one, two, parts):
-            assert max(abs(a["loss"] - b["loss"]), abs(a["loss"] - c["loss"])) < 1e-5 * max(1, a["loss"]), a["step"]
-        assert abs(one[-1]["fd"] - two[-1]["fd"]) < 1e-2 * one[-1]["fd"]
+@pytest.mark.parametrize("entity, context", [("cell:4", "random"), ("scale", "clean")])
+def test_xar_on_two_processes_is_xar_on_one(tmp_path, entity, context):
+    flags = ["--steps", "20", "--mirror", "--entity", entity, "--context", context,
+             "--eval-every", "20"]
+    logs = three_ways(tmp_path, *flags, program=XAR)
+    assert_close(logs, 20)
+    one, two, _ = (rows[-1]["fd"] for rows in logs)
+    assert abs(one - two) < 1e-2 * one
 
 
-def test_killed_xar_goes_on_bit_for_bit_on_two_processes_with_dropout(tmp_path):
-    flags = ["--resume", "auto", "--save-every", "5", "--steps", "300", "--dropout", "0.2", "--attn-dropout", "0.2"]
-    process = start(2, *flags, out=tmp_path / "run", program=XAR)
-    wait_for_step(tmp_path / "run", 12)
-    for pid in (*workers_of(process), process.pid):                         # workers have sessions of their own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert "going on from step" in go(2, *flags, out=tmp_path / "run", program=XAR)
-    go(2, *flags, out=tmp_path / "straight", program=XAR)
-    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight"))
+def test_killed_xar_resumes_bit_for_bit_on_two_processes_with_dropout(tmp_path):
+    flags = ["--resume", "auto", "--save-every", "5", "--steps", "300", "--dropout", "0.2",
+             "--attn-dropout", "0.2"]
+    process = start_training(2, *flags, out=tmp_path / "run", program=XAR)
+    wait_for_step(process, tmp_path / "run", 12)
+    kill_all(process)
+    assert "resuming from step" in train(2, *flags, out=tmp_path / "run", program=XAR)
+    train(2, *flags, out=tmp_path / "straight", program=XAR)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_xar_samples_do_not_depend_on_the_number_of_processes(tmp_path):
-    go(1, "--steps", "2", out=tmp_path / "run", program=XAR)
-    files = [tmp_path / f"{n}.npz" for n in (1, 2)]
-    for n, file in zip((1, 2), files):
-        go(n, "--num", "5", "--steps", "3", "--device", "cpu", out=file, evaluation=(), torchrun=["--"],
-           program=("xar.py", "sample", "--ckpt", str(tmp_path / "run" / "ckpt.pt")))       # --: torchrun has --num...
-    a, b = (np.load(f)["arr_0"].astype(int) for f in files)
-    assert a.shape == (5, 8, 8, 3) and abs(a - b).max() <= 1
+    train(1, "--steps", "2", out=tmp_path / "run", program=XAR)
+    images = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.npz"
+        words = ["sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--samples", "5",
+                 "--steps", "3", "--device", "cpu", "--batch-size", "2", "--out", out]
+        finish(start([*torchrun(processes), *words], f"{out}.txt"))
+        images.append(np.load(out)["arr_0"].astype(int))
+    assert images[0].shape == (5, 8, 8, 3) and abs(images[0] - images[1]).max() <= 1
 
 
 def test_xar_precision_and_compile(tmp_path):
     flags = ["--steps", "10", "--lr", "1e-3"]
-    go(1, *flags, out=tmp_path / "fp32", program=XAR)
+    train(1, *flags, out=tmp_path / "fp32", program=XAR)
     for name, extra in (("bf16", ["--precision", "bf16"]), ("compiled", ["--compile"])):
-        go(1, *flags, *extra, out=tmp_path / name, program=XAR)
+        train(1, *flags, *extra, out=tmp_path / name, program=XAR)
         for a, b in zip(rows_of(tmp_path / "fp32"), rows_of(tmp_path / name)):
             assert abs(a["loss"] / b["loss"] - 1) < 0.02, (name, a["step"])

@@ -8,6 +8,7 @@ from PIL import Image
 
 import data
 import teacher
+from tools import look
 
 
 @pytest.mark.parametrize("name", ["dinov2_reg0", "dinov2_reg4"])
@@ -67,18 +68,37 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.save(weights, path)
     loaded = teacher.load_dinov2("dinov2_vits14_reg", path)
     assert not loaded.training and all(torch.equal(v, weights[k]) for k, v in loaded.state_dict().items())
-    for content, name, message in ((weights, "dinov2_vits14", "holds no dinov2_vits14: 1 tensors .* register_tokens"),
-                                   ({**weights, "norm.bias": torch.zeros(3)}, "dinov2_vits14_reg", "norm.bias"),
-                                   (weights, "dinov2_vitx14", "neither small nor one of dinov2_vits14"),
-                                   ([1], "dinov2_vits14", "holds no dinov2_vits14")):
+    reg = "dinov2_vits14_reg"
+    fewer = {k: v for k, v in weights.items() if k != "mask_token"}
+    other_shape = {**weights, "norm.bias": torch.zeros(3)}
+    for content, name, message in (
+            (weights, "dinov2_vits14", 'w.pth is not a dinov2_vits14: .*Unexpected key.* "register_tokens"'),
+            (fewer, reg, 'w.pth is not a dinov2_vits14_reg: .*Missing key.* "mask_token"'),
+            (other_shape, reg, r"is not a dinov2_vits14_reg: .*norm.bias.*\[3\].*\[16\]"),
+            ({**weights, "norm.bias": 1}, reg, "is not a dinov2_vits14_reg: .*norm.bias"),
+            ({1: weights}, reg, "is not a dinov2_vits14_reg: "),
+            (weights, "dinov2_vitx14", "neither small nor one of dinov2_vits14"),
+            ([1], "dinov2_vits14", "is not a dinov2_vits14: ")):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as e:
             teacher.load_dinov2(name, path)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 500
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="w.pth cannot be read"):
         teacher.load_dinov2("dinov2_vits14", path)
-    with pytest.raises(FileNotFoundError, match="do not exist"):
+    with pytest.raises(FileNotFoundError, match="none.pth do not exist"):
         teacher.load_dinov2("dinov2_vits14", tmp_path / "none.pth")
+
+
+def test_files_that_are_not_a_small_teacher(tmp_path, small_teacher):
+    saved = torch.load(small_teacher, weights_only=True)
+    path = tmp_path / "w.pt"
+    for content in ([1], saved["model"], {**saved, "model": {}}, {**saved, "config": {"heads": 2}},
+                    {**saved, "config": 1}, {**saved, "config": {**saved["config"], "embed_dim": 32}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="w.pt is not a small teacher: ") as e:
+            teacher.load_small(path)
+        assert "\n" not in str(e.value)
 
 
 def test_no_network_says_what_to_do(monkeypatch):
@@ -147,6 +167,10 @@ def test_small_teacher_learns_is_repeatable_and_cached(tmp_path, monkeypatch):
         net = teacher.train_small(images, labels, cache=tmp_path, **kwargs)
     features = lambda images: net(teacher.preprocess(images, net.grid))[0].mean(1)
     assert digit_scores(features)[0] > 0.8                                  # chance is 0.1
+    # the name depends on settings and images only: caches of earlier versions are found again
+    teacher.train_small(images, labels, cache=tmp_path / "one", **{**kwargs, "steps": 1})
+    teacher.train_small(images, None, cache=tmp_path / "one", **{**kwargs, "steps": 1})
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"teacher-3cd0d391193a.pt", "teacher-c657e3777776.pt"}
     other = teacher.train_small(images, labels, **kwargs)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
     unlabelled = teacher.train_small(images, None, **{**kwargs, "steps": 3})
@@ -166,25 +190,26 @@ def test_picture_of_any_image(tmp_path, small_teacher):
     Image.fromarray(rng.integers(0, 256, (70, 50), dtype=np.uint8)).save(grey)
     out = tmp_path / "deep" / "o.png"
     flags = ["--teacher", "small", "--teacher-weights", str(small_teacher), "--out", str(out)]
-    teacher.main([str(photo), str(grey), *flags])
+    look.main([str(photo), str(grey), *flags])
     sizes = {Image.open(out).size}
-    teacher.main([*flags, "--patches", "0:0"])                              # the digits
+    look.main([*flags, "--patches", "0:0"])                              # the digits
     sizes.add(Image.open(out).size)
     assert len(sizes) == 2
     text = tmp_path / "no.jpg"
     text.write_text("no image")
-    for args, message in (([str(text)], "is no image"), ([str(photo), "--patches", "99:0"], "--patches 99:0"),
-                          (["--what"], "--what is no flag"),
+    for args, message in (([str(text)], "no.jpg is not an image"), ([str(photo), "--patches", "99:0"], "--patches 99:0"),
+                          (["--what"], "--what is no"),
                           ([str(photo), "--patches", "x"], "--patches x must look like"),
-                          ([str(photo), "--grid", "0"], "--grid 0")):
+                          ([str(photo), "--grid", "0"], "--grid 0"),
+                          ([str(photo), "--out", str(text / "o.png")], "--out .*no.jpg/o.png cannot be written")):
         with pytest.raises(SystemExit, match=message) as e:
-            teacher.main([*args, *flags])
+            look.main([*flags, *args])
         assert "\n" not in str(e.value)
 
 
 def test_same_colour_means_same_feature():
     tokens = torch.randn(20, 8)
-    colours = teacher.pca_colours(torch.cat([tokens, tokens]))
+    colours = look.pca_colours(torch.cat([tokens, tokens]))
     assert (torch.equal(colours[:20], colours[20:]) and colours.min() >= 0 and colours.max() <= 1
             and colours.shape == (40, 3))
-    assert torch.isfinite(teacher.pca_colours(torch.ones(4, 8))).all()
+    assert torch.isfinite(look.pca_colours(torch.ones(4, 8))).all()

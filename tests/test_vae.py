@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from conftest import Golden, distance
+from conftest import Golden, distance, tiny_vae
 from fill import fill_state_dict
 
 import vae
@@ -57,7 +57,7 @@ def test_golden_in_every_naming_scheme(golden):
 
 
 def test_files_of_both_formats(tmp_path, monkeypatch):
-    g, sd = published("vae_sd_diffusers")
+    sd = fill_state_dict(vae.AutoencoderKL((1, 1), 4).state_dict())         # small: the files are written in seconds
     torch.save({"state_dict": sd}, tmp_path / "vae.ckpt")
     body, header = b"", {"__metadata__": {"format": "pt"}}
     for k, w in sd.items():
@@ -77,9 +77,17 @@ def test_files_of_both_formats(tmp_path, monkeypatch):
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "vae.ckpt").read_bytes()[:10_000])
     torch.save({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "other.ckpt")
     torch.save({k: w for k, w in sd.items() if k != "decoder.conv_out.bias"}, tmp_path / "less.ckpt")
+    torch.save({**sd, "encoder.more": torch.zeros(1)}, tmp_path / "more.ckpt")
+    torch.save({**sd, "decoder.conv_in.bias": torch.zeros(3)}, tmp_path / "shape.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.ckpt")
     for name, message in (("cut.safetensors", "cannot be read: cut short"), ("cut.ckpt", "cannot be read: cut short"),
-                          ("other.ckpt", "holds no KL autoencoder"), ("none.ckpt", "does not exist: give sd-ema"),
-                          ("less.ckpt", "1 tensors are missing, .* among them decoder.conv_out.bias")):
+                          ("other.ckpt", "is not a KL autoencoder .*post_quant_conv.weight"),
+                          ("none.ckpt", "does not exist: give sd-ema"),
+                          ("less.ckpt", "is not a KL .* Missing key.* .decoder.conv_out.bias"),
+                          ("more.ckpt", "is not a KL .* Unexpected key.* .encoder.more"),
+                          ("shape.ckpt", "is not a KL .* size mismatch for decoder.conv_in.bias"),
+                          ("list.ckpt", "is not a KL"), ("numbers.ckpt", "is not a KL")):
         with pytest.raises((ValueError, OSError), match=f"{re.escape(name)} .*{message}") as e:
             vae.load_vae(tmp_path / name)
         assert "\n" not in str(e.value)
@@ -105,3 +113,34 @@ def test_decoding_in_parts_and_odd_shapes(golden, monkeypatch):
     assert mean.shape == std.shape == z.shape and std.min() > 0
     with pytest.raises(ValueError, match=f"33 x 32 do not fit .* multiples of {model.factor}"):
         model.encode(torch.zeros(1, 3, 32, 33))
+
+
+# ---- which autoencoder made the latents
+
+def test_fingerprint_is_of_the_encoder_alone(tmp_path):
+    net = vae.load_vae(tiny_vae(tmp_path / "a.pt"))
+    assert vae.fingerprint(net) == "b4a501d5e90d3883"                       # as packed folders and checkpoints have it
+    net.decoder.conv_out.bias += 1
+    assert vae.fingerprint(net) == "b4a501d5e90d3883"
+    net.quant_conv.bias[0] += 1
+    assert vae.fingerprint(net) != "b4a501d5e90d3883"
+
+
+def test_decoder_is_that_of_the_training_data(tmp_path):
+    assert vae.load_decoder(None, None, 3, "cpu")("as it is") == "as it is"
+    with pytest.raises(ValueError, match="--vae must name the autoencoder's file, for latents of 16 channels"):
+        vae.load_decoder(None, None, 16, "cpu")
+    a, b = (str(tiny_vae(tmp_path / f"{seed}.pt", seed)) for seed in (0, 1))
+    net, z = vae.load_vae(a), torch.randn(2, 4, 3, 3)
+    known = {"vae": a, "fingerprint": vae.fingerprint(net)}
+    for packed_from, source in ((known, None), (known, a), (None, a), ({**known, "vae": b}, a)):
+        pixels = vae.load_decoder(packed_from, source, 4, torch.device("cpu"))(net.scale * z)
+        assert torch.allclose(pixels, net.decode(z), atol=1e-4) and not pixels.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):                             # of the training program
+        assert vae.load_decoder(known, None, 4, "cpu")(z.bfloat16()).dtype == torch.float32
+    with pytest.raises(ValueError, match="1.pt is not the autoencoder that the training data was prepared with .*0.pt"):
+        vae.load_decoder(known, b, 4, "cpu")
+    with pytest.raises(ValueError, match="latents of 4 channels, but the model's have 16: name"):
+        vae.load_decoder(None, a, 16, "cpu")
+    with pytest.raises(FileNotFoundError, match="--vae nowhere.pt does not exist"):
+        vae.load_decoder(known, "nowhere.pt", 4, "cpu")
