@@ -42,7 +42,7 @@ def parse_args(argv):
                       "(.npz); if not given, grid.png beside the checkpoint")
     add("--samples", type=int, help="number of images; if not given, 100, in an animation 50")
     add("--cfg", type=float, default=1.0,
-        help="guidance scale (xAR: of the last entity); 1 is none")
+        help="classifier-free guidance (xAR: of the last entity); 1 is none")
     add("--interval", type=float, nargs=2, help="times with guidance, low high; SiT only")
     add("--sampler", choices=("sde", "ode", "heun"),
         help="Euler-Maruyama, Euler or Heun; SiT only, sde if not given")

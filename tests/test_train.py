@@ -141,6 +141,9 @@ def test_compile_flag(tiny_run, monkeypatch):
     assert len(compiled) == 1
     tiny_run("--no-compile")
     assert len(compiled) == 1
+    tiny_run("--no-compile", "--resume", "auto", "--steps", "5")
+    tiny_run("--compile", "--resume", "auto", "--steps", "6")               # it may come and go
+    assert len(compiled) == 2
 
 
 def test_teacher_flags(tiny_run, tmp_path, small_teacher, monkeypatch, base_run):

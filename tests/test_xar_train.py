@@ -168,7 +168,7 @@ def test_older_checkpoints_continue(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes((OLD / "xar_4.pt").read_bytes())
     xar_train.main(["--depth", "2", "--hidden-size", "8", "--num-heads", "2", "--entity", "cell:4",
                     "--batch-size", "8", "--lr", "0.02", "--ema", "0.5", "--log-every", "1", "--eval-every", "0",
-                    "--device", "cpu", "--dropout", "0.1", "--steps", "8", "--out", str(tmp_path)])
+                    "--device", "cpu", "--steps", "8", "--out", str(tmp_path)])
     known = [r for r in json.loads((OLD / "rows.json").read_text())["xar"] if r["step"] > 4]
     found = rows_of(tmp_path)
     assert [r["step"] for r in found] == [5, 6, 7, 8]

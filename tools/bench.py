@@ -446,7 +446,7 @@ def bench_train(argv):
     parser.add_argument("--preset", choices=presets, default="imagenet256-b",
                         help="of haste_train.py")
     parser.add_argument("--steps", type=int, default=200,
-                        help="optimizer steps; the guidance ends half-way")
+                        help="optimizer steps; the alignment ends half-way")
     parser.add_argument("--count", type=int, default=4000, help="images of the set")
     parser.add_argument("--out", default="out/bench",
                         help="folder for set and run, which are deleted at the end")
@@ -473,7 +473,7 @@ def bench_train(argv):
     def speed(rows):                                                        # without the first, which starts up
         return statistics.median(row["images_per_s"] for row in rows[1:] or rows)
 
-    # losses of the guidance are in the log only as long as it lasts
+    # losses of the alignment are in the log only as long as it lasts
     guided = speed([row for row in rows if "feature_loss" in row])
     free = speed([row for row in rows if "feature_loss" not in row])
     print(f"guided {guided:.1f} images/s, free {free:.1f} ({free / guided:.2f} times); "
