@@ -483,9 +483,10 @@ def train(cfg, processes, stop):
                     f"tokens; align {cfg.align}; {world} process(es) on {device.type}, "
                     f"{run.precision(cfg.precision, device)}")
     if teacher is not None:
+        until = f"--stop {cfg.stop}" if tau == math.inf else f"until step {tau}"
         shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
-        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; until step {tau}: "
-                        f"features after {model.encoder_depth} blocks, attention of blocks {shown}")
+        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
+                        f"{model.encoder_depth} blocks, attention of blocks {shown}")
 
     for step in range(start, cfg.steps):
         done = step + 1
@@ -511,7 +512,7 @@ def train(cfg, processes, stop):
             processes.print(f"step {step}: alignment ends, teacher and projector are gone")
 
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
-        with run.one_line_errors(PROGRAM):                                         # reading may fail: a damaged image
+        with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
             pixels, moments, y = next(feed)
         numbers = random_numbers(cfg, step, shape, device, packed)
         eps, t, dropped, mirrored, posterior = (r[mine] for r in numbers)

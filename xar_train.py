@@ -299,7 +299,7 @@ def train(cfg, processes, stop):
         lr = learning_rate(cfg, step)
 
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
-        with run.one_line_errors(PROGRAM):                                         # reading may fail: a damaged image
+        with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
             pixels, moments, y = next(feed)
         numbers = random_numbers(cfg, step, model, device, packed)
         eps, t, dropped, mirrored, posterior = (r[mine] for r in numbers)
