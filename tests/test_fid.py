@@ -689,6 +689,7 @@ def test_alone_with_every_source(alone, sources, tmp_path, score):
     assert {f.name for f in (tmp_path / "alone").iterdir()} <= {"fid.py", "__pycache__"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, missing", [
     (["digits", "digits", *PIXELS], "digits needs digits.npz"),
     (["plain.npz", "other.npz", "--features", "dinov2"], "--features dinov2 needs teacher.py")])

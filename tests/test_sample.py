@@ -206,6 +206,7 @@ sample.main({argv!r})
 """
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_parts(checkpoints, tmp_path):
     command = ["--ckpt", str(checkpoints["sit_latents"]), "--steps", "1", "--samples", "6", "--batch-size", "2",
                "--device", "cpu", "--out", str(tmp_path / "x.npz")]
