@@ -42,6 +42,8 @@ from haste import (attention_alignment, attention_alignment_grad, feature_alignm
                    gradient_cosine, mean_over_pairs)
 
 PROGRAM = "haste_train.py"
+ALIGNMENT = haste.ALIGNMENT                                                 # all of HASTE's names are reachable here
+layer_map = haste.layer_map
 
 
 @dataclass
@@ -280,7 +282,7 @@ def choose_layers(cfg, teacher_depth=None):
     """
     size = cfg.model.split("/")[0]
     features_only = cfg.align == "repa"
-    feature_depth, pairs = haste.layer_map(size, teacher_depth or haste.TABLE_DEPTH, features_only)
+    feature_depth, pairs = layer_map(size, teacher_depth or haste.TABLE_DEPTH, features_only)
     feature_depth = cfg.feature_depth or feature_depth
     if not 1 <= feature_depth <= cfg.depth:
         raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the "

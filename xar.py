@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 # The paper's sizes: 172.6, 608.4 and 1,186 M parameters. Ti (ours) is the one that a laptop trains.
 PUBLISHED = {
@@ -106,6 +105,7 @@ def visible(entity_of, q, k):
 @lru_cache(maxsize=8)
 def flex_mask(entity, G, M, length, device):
     """Return `visible` as FlexAttention's block mask, for the first M entities."""
+    from torch.nn.attention.flex_attention import create_block_mask         # half a second: only if needed
     sizes = torch.tensor([len(index) for _, index in entities(entity, G)[:M]])
 
     # The mask is kept, and training may use it later: it must not be an inference tensor.
@@ -117,6 +117,7 @@ def flex_mask(entity, G, M, length, device):
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
     # Uncompiled, it would write down the L x L map that it is there to avoid.
     return torch.compile(flex_attention)
 

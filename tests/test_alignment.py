@@ -107,6 +107,12 @@ def test_losses_are_float32_under_autocast():
     assert torch.allclose(found, plain_form(*(x.detach() for x in inputs())), rtol=1e-5)
 
 
+def test_names_of_haste_are_reachable_from_its_program():
+    for name in ("feature_alignment", "attention_alignment", "attention_alignment_grad", "ALIGNMENT", "layer_map",
+                 "gradient_cosine"):
+        assert getattr(haste_train, name) is getattr(haste, name)
+
+
 def test_layer_table():
     config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
                                                            depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
