@@ -2,7 +2,7 @@
 
     data = open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER | PACKED)
     images, labels = data.train.read(rows)                      # uint8 [b,C,H,W], int64 [b]
-    for images, moments, labels in batches(data.train, seed=0, start=0, batch_size=256): ...
+    for images, moments, labels, _ in batches(data.train, seed=0, start=0, batch_size=256): ...
 
 PACKED is what prepare.py makes of FOLDER. The order of the images is a pure function of
 (seed, step): nothing depends on the number of processes, and a resumed run needs only its step.
@@ -13,6 +13,7 @@ Repository, CC BY 4.0), the same as scikit-learn's load_digits.
 
 Letters: N rows of a set, b rows read, C channels, H W (or S) side in pixels, h w side of a latent.
 """
+import hashlib
 import json
 import math
 import os
@@ -90,6 +91,18 @@ class Data:
             return self.packed["channels"], side, side
         return self.channels, self.size, self.size
 
+    def fingerprint(self):
+        """Return a hash that copies of the same set share, of its labels and 16 of its samples."""
+        rows = torch.arange(0, len(self.train), math.ceil(len(self.train) / 16))
+        if self.packed:
+            samples = self.train.moments(rows)
+        else:
+            samples, _ = self.train.read(rows)
+        words = repr((self.shape, self.classes, self.packed)).encode()
+        for tensor in (self.train.labels, samples):
+            words += tensor.numpy().tobytes()
+        return hashlib.sha256(words).hexdigest()[:16]
+
     def check(self, cfg, saved, **arch):
         """Refuse data that does not fit the flags, or the checkpoint to resume from.
 
@@ -150,6 +163,17 @@ def open_data(source, image_size=None, root="out/data"):
                       f"images again")
         raise ValueError(f"--image-size {image_size} does not fit --data {source}, {remedy}")
     return data
+
+
+def open_alike(cfg, processes):
+    """Return the Data of --data, if all processes have the same. Raises ValueError or OSError."""
+    def open_it():
+        return processes.main_first(lambda: open_data(cfg.data, cfg.image_size, cfg.data_root))
+
+    def describe(images):
+        return [f"--data {cfg.data} with the fingerprint {images.fingerprint()}"]
+
+    return processes.alike(open_it, describe, "copy the data from one machine to the others")
 
 
 def _digits():
@@ -439,18 +463,22 @@ def _epoch(length, seed, epoch):
 
 def global_rows(length, seed, step, batch_size):
     """Return the rows of global batch `step`. Epochs follow one another without a gap."""
-    at = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([_epoch(length, seed, int(e))[i] for e, i in zip(at // length, at % length)])
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), length)
+    rows = [_epoch(length, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+    return np.concatenate(rows)
 
 
 def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
-            wanted=lambda step: True):
-    """Yield (images, moments, labels) on `device`: the rows `mine` of global batches start, ...
+            wanted=lambda step: True, draw=lambda step: ()):
+    """Yield (images, moments, labels, numbers) on `device`: rows `mine` of global batches start, ...
 
     Endless. Only packed sets have moments, else they are None. The images of packed sets are None
-    in steps for which `wanted(step)` is false: nobody looks at them.
+    in steps for which `wanted(step)` is false: nobody looks at them. `draw(step)` returns CPU
+    tensors [B,...] for the global batch, a step's random numbers; `numbers` are their rows `mine`.
+    All is read and drawn one step ahead, in a thread.
     """
     device = torch.device(device)
+    cuda = device.type == "cuda"
 
     def read(step):
         rows = torch.from_numpy(global_rows(len(dataset), seed, step, batch_size)[mine])
@@ -459,8 +487,8 @@ def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
             moments = dataset.moments(rows)
         if moments is None or wanted(step):
             images, _ = dataset.read(rows)
-        batch = [images, moments, dataset.labels[rows]]
-        if device.type == "cuda":                       # a copy from pinned memory need not wait
+        batch = [images, moments, dataset.labels[rows], *(r[mine] for r in draw(step))]
+        if cuda:                                        # a copy from pinned memory need not wait
             batch = [None if b is None else b.pin_memory() for b in batch]
         return batch
 
@@ -470,7 +498,9 @@ def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
             start += 1
             batch = coming.result()
             coming = ahead.submit(read, start)
-            yield [None if b is None else b.to(device, non_blocking=True) for b in batch]
+            batch = [None if b is None else b.to(device, non_blocking=cuda) for b in batch]
+            images, moments, labels, *numbers = batch
+            yield images, moments, labels, numbers
 
 
 # ---- what a batch becomes

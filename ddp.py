@@ -13,6 +13,7 @@ import gc
 import os
 import re
 import signal
+import socket
 import time
 from datetime import timedelta
 
@@ -33,7 +34,7 @@ class Processes:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), self.world)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                      # TF32, as the official code does
@@ -51,8 +52,10 @@ class Processes:
             store = dist.PrefixStore(f"start {number}", store)
             self.restarted = number > 1
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        # Else NCCL would guess each rank's card, and might only find out in the first collective.
+        device_id = self.device if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
-                                timeout=timedelta(hours=hours))
+                                timeout=timedelta(hours=hours), device_id=device_id)
 
     def wrap(self, model):
         """Return what the training loop calls: the model, in DistributedDataParallel if needed."""
@@ -109,6 +112,33 @@ class Processes:
             raise box[0]
         return box[0]
 
+    def alike(self, make, describe, remedy):
+        """Return make(), called by every process, if describe(it), a list of words, is the same.
+
+        Otherwise all raise ValueError: a line with the first rank and host that differ, what they
+        have, and `remedy`. If make() fails everywhere alike, its ValueError or OSError is raised.
+        """
+        if self.world == 1:
+            return make()
+        made = error = None
+        try:
+            made = make()
+            words = describe(made)
+        except (ValueError, OSError) as e:
+            error = e
+            words = [str(e)]
+        found = [None] * self.world
+        dist.all_gather_object(found, (socket.gethostname(), words))
+        first_host, first = found[0]
+        for rank, (host, other) in enumerate(found):
+            for a, b in zip(first, other):
+                if a != b:
+                    raise ValueError(f"rank {rank} (host {host}) has {b}, but rank 0 (host "
+                                     f"{first_host}) has {a}: {remedy}")
+        if error:
+            raise error
+        return made
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
@@ -122,14 +152,19 @@ class Processes:
             dist.destroy_process_group()
 
 
-def choose_device(device, local_rank):
+def choose_device(device, local_rank, world=1):
     """Return the torch.device that --device means for a process. Raises ValueError, one line."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device} is not a device: use auto, cpu, cuda or cuda:N")
-    if device == "cpu":
-        return torch.device("cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is not a device: use auto, cpu, cuda, cuda:N or mps")
+    if device == "mps":
+        check_mps(world)
+    if device in ("cpu", "mps"):
+        return torch.device(device)
+    if world > 1 and device != "cuda":
+        raise ValueError(f"--device {device} would put all {world} processes on one card: give "
+                         f"--device cuda, and choose cards with CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this torch finds no CUDA device; use --device cpu, "
                          f"or install a CUDA build of torch and a driver")
@@ -138,6 +173,17 @@ def choose_device(device, local_rank):
         raise ValueError(f"--device {chosen}: this machine has {torch.cuda.device_count()} CUDA "
                          f"device(s)")
     return chosen
+
+
+def check_mps(world):
+    """Raise ValueError if the GPU of a Mac cannot be used."""
+    if not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch finds no Apple GPU; use --device cpu")
+    if world > 1:
+        raise ValueError("--device mps is for one process: leave out torchrun")
+    if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") != "1":
+        raise ValueError("--device mps lacks a few operations: run PYTORCH_ENABLE_MPS_FALLBACK=1 "
+                         "python ..., and the CPU does those")
 
 
 # ---- stopping together

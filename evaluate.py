@@ -1,16 +1,19 @@
 """Scores and pictures of a training run, cheap enough for every few hundred steps.
 
-No pretrained network is needed:
     fd, fd_held            Frechet distance on pixels to training and to held-out images
     accuracy               share of samples whose nearest training image has the label that the
                            sample was made for
     nearest, nearest_held  mean distance to the nearest training image, of samples and of held-out
                            images: far smaller for samples means memorised
+    fid                    with --eval-features inception: FID to training images. Of so few samples
+                           it is too high, and to be compared within a run only
+Only the last one needs a pretrained network; on photographs only the last one means something.
 
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import fid
@@ -19,26 +22,54 @@ from data import save_grid
 
 REFERENCE_IMAGES = 10_000                                                   # compared with, at most
 BATCH = 256
+INCEPTION_BATCH = 64
 
 
-def reference(images):
+def load_inception(cfg, device):
+    """Return the network that --eval-features asks for, or None. Raises ValueError or OSError."""
+    if cfg.eval_features == "pixels":
+        return None
+    try:
+        return fid.load_inception(cfg.eval_weights).to(device)
+    except (ValueError, OSError) as e:
+        raise type(e)(f"--eval-features inception, --eval-weights {cfg.eval_weights}: {e}") from None
+
+
+def inception_gaussian(inception, batches):
+    """Return mean and covariance of the features of batches of uint8 images [b,C,H,W]."""
+    device = inception.fc.weight.device
+    moments = fid.Moments()
+    for pixels in batches:
+        moments.add(inception(pixels.to(device))["pool"].cpu())
+    return moments.gaussian()
+
+
+def reference(images, inception=None):
     """Return what samples are compared with: {"train": (features, labels), "held": ...}.
 
-    images: data.Data. Without held-out images there is no "held".
+    images: data.Data. Without held-out images there is no "held". With `inception` there is also
+    "inception": this network, with mean and covariance of its features of the training images.
     """
     sets = {}
+    if inception is not None:
+        rows = _some_rows(images.train)
+        batches = (images.train.read(part)[0] for part in rows.split(INCEPTION_BATCH))
+        sets["inception"] = inception, inception_gaussian(inception, batches)
     for name, split in (("train", images.train), ("held", images.held)):
         if split is None or len(split) < 2:                                 # a covariance needs two
             continue
-        order = torch.randperm(len(split), generator=run.seeded("cpu", 0))
         features = []
         labels = []
-        for rows in order[:REFERENCE_IMAGES].split(BATCH):
+        for rows in _some_rows(split).split(BATCH):
             pixels, y = split.read(rows)
             features.append(fid.pixel_features(pixels))
             labels.append(y)
         sets[name] = (torch.cat(features), torch.cat(labels))
     return sets
+
+
+def _some_rows(split):
+    return torch.randperm(len(split), generator=run.seeded("cpu", 0))[:REFERENCE_IMAGES]
 
 
 def draw_samples(count, draw, processes, batch=BATCH):
@@ -64,6 +95,10 @@ def scores(samples, sets, num_classes):
     right = labels[neighbour] == torch.arange(len(fake)) % num_classes
     row = {"fd": frechet(fake, real), "accuracy": right.double().mean().item(),
            "nearest": distance.mean().item()}
+    if "inception" in sets:
+        inception, expected = sets["inception"]
+        found = inception_gaussian(inception, samples.split(INCEPTION_BATCH))
+        row["fid"] = fid.frechet_distance(*found, *expected)
     if "held" in sets:
         held, _ = sets["held"]
         row["fd_held"] = frechet(fake, held)
@@ -100,9 +135,19 @@ def sample_sheet(samples, num_classes, path, columns=10):
         save_grid(torch.cat([r[:width] for r in rows]), path, width)
 
 
+def growth(model, tokens, most=16):
+    """Return xAR's tokens [B,L,C] as latents [B,frames,C,h,w]: after the first entity, the second, ...
+
+    At most `most` frames, evenly spread; the last is always there.
+    """
+    shown = np.linspace(len(model.sizes) - 1, 0, most).round().astype(int)
+    ends = np.cumsum(model.sizes)[np.unique(shown)]
+    return torch.stack([model.to_latent(tokens[:, :end]) for end in ends], dim=1)
+
+
 PANELS = {
     "loss": "flow loss", "feature_loss": "feature loss", "attention_loss": "attention loss",
-    "grad_cosine": "cosine of gradients", "fd": "Frechet distance on pixels",
+    "grad_cosine": "cosine of gradients", "fd": "Frechet distance on pixels", "fid": "FID",
     "accuracy": "accuracy",
 }
 

@@ -3,8 +3,7 @@
     python fid.py SAMPLES REFERENCE     folders, .npz or .pt files, statistics, or cifar10
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE     sooner, with the same result
 
-This file works alone, as a program too. (Only the set `digits` needs digits.npz beside it, and
-`--features dinov2` needs teacher.py.)
+It works alone (only `digits` needs digits.npz beside it, and `--features dinov2` teacher.py).
 
 Papers (arXiv): FID 1706.08500, sFID 2103.03841, Inception Score 1606.03498, improved precision and
 recall 1904.06991, KID 1801.01401, FD-DINOv2 2306.04675.
@@ -60,11 +59,22 @@ TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "Fas
 class Conv(tv.BasicConv2d):
     """Convolution, batch norm of running statistics folded into the kernel, ReLU."""
 
+    folded = None  # kernel and bias
+
     def forward(self, x):
-        scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        kernel = self.conv.weight * scale.view(-1, 1, 1, 1)
-        bias = self.bn.bias - self.bn.running_mean * scale
-        return F.conv2d(x, kernel, bias, self.conv.stride, self.conv.padding).relu_()
+        if self.folded is None:
+            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+            kernel = self.conv.weight * scale.view(-1, 1, 1, 1)
+            self.folded = kernel, self.bn.bias - self.bn.running_mean * scale
+        return F.conv2d(x, *self.folded, self.conv.stride, self.conv.padding).relu_()
+
+    def _load_from_state_dict(self, *args):  # other weights
+        self.folded = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args, **kwargs):  # another device
+        self.folded = None
+        return super()._apply(*args, **kwargs)
 
 
 # TensorFlow's average does not count the padding; torchvision's does.
@@ -173,7 +183,7 @@ def load_inception(weights=None, resize="tf1"):
 def pixel_features(images):
     """Return pixels in [0, 1], averaged to 8 x 8: uint8 [B,C,H,W] -> float64 [B,64 C].
 
-    Divided by sqrt(C), a grey image and its RGB copy are equally far from others.
+    Divided by sqrt(C): a grey image and its RGB copy are equally far from others.
     """
     x = F.adaptive_avg_pool2d(images.double() / 255, PIXELS_SIDE)
     return x.flatten(1) / math.sqrt(images.shape[1])
@@ -232,8 +242,7 @@ def precision_recall(real, fake, k=3):
     """Return precision and recall, both in [0, 1]; real [N,F], fake [M,F].
 
     Precision is the share of fake inside the manifold of real; recall, of real inside that of fake.
-    A manifold is the union of balls around its points, out to each one's k-th neighbour. Memory
-    grows with N + M, not with N M.
+    A manifold is the union of balls around its points, out to each one's k-th neighbour.
     """
     real, fake = (torch.as_tensor(x).double() for x in (real, fake))
     if min(len(real), len(fake)) <= k:
@@ -267,7 +276,7 @@ def _radii(x, k):
 
 
 def kid(real, fake, subsets=100, subset_size=1000, seed=0):
-    """Return mean and standard deviation of the unbiased MMD^2 over random subsets; [N,F], [M,F].
+    """Return mean and deviation of the unbiased MMD^2 over random subsets; real [N,F], fake [M,F].
 
     The kernel is (x.y / F + 1)^3; subsets are drawn as torch-fidelity draws them.
     """
@@ -342,22 +351,22 @@ def extract(images, network, batch_size=64, device="cpu", keep=(), progress=None
     network(uint8 [B,C,H,W]) -> {name: [B,F]}. Returns Features: moments of all except logits, and
     what is named in `keep`. `progress` is a name to print every ten seconds.
 
-    Under torch.distributed, every process calls this and reads its share; the first returns what a
-    single process would, the others None. An error is raised by all.
+    Under torch.distributed, every process reads its share; the first returns what a single process
+    would, the others None. An error is raised by all.
     """
     num = len(images)
     if num < 2:
         raise ValueError(f"{num} image(s) have no covariance: two are needed, 50,000 usual")
     world = dist.get_world_size() if dist.is_initialized() else 1
     share = -(-num // world)
-    rows = range(num)[rank() * share:(rank() + 1) * share]  # maybe none
+    rows = range(num)[rank() * share:(rank() + 1) * share]
     mine = error = None
     try:
         mine = _pass(images, rows, network, batch_size, device, keep, progress)
     except (ValueError, OSError) as e:
         error = e
 
-    # Exchange the errors first: nobody may wait for a process that has given up.
+    # Errors first: nobody may wait for a process that has given up.
     if world > 1:
         errors = [None] * world
         dist.all_gather_object(errors, error)
@@ -382,7 +391,7 @@ def extract(images, network, batch_size=64, device="cpu", keep=(), progress=None
 
 
 def _pass(images, rows, network, batch_size, device, keep, progress):
-    """Return {name: Moments}, {name: [tensor, ...]} of images[rows], on the CPU."""
+    """Return {name: Moments} and {name: [tensor, ...]}, on the CPU."""
     moments = {}
     kept = {name: [] for name in keep}
     parts = [slice(i, min(i + batch_size, rows.stop)) for i in rows[::batch_size]]
@@ -414,7 +423,7 @@ def _pass(images, rows, network, batch_size, device, keep, progress):
 
 
 def compare(fake, real, metrics, kid_subsets=100, kid_subset_size=None, split_size=5000):
-    """Return {metric: value} of two Features, for those of METRICS that are asked for."""
+    """Return {metric: value} of two Features."""
     row = {}
     if "fid" in metrics:
         row["fid"] = frechet_distance(*fake.gaussians["pool"], *real.gaussians["pool"])
@@ -452,7 +461,7 @@ def open_npz(path):
 
 
 def save_statistics(path, features):
-    """Write Gaussians to an .npz that `open_npz` reads, whole or not at all."""
+    """Write Gaussians to an .npz, whole or not at all."""
     path = Path(path)
     arrays = [*features.gaussians["pool"], *features.gaussians.get("spatial", ())]
     arrays = dict(zip(("mu", "sigma", "mu_s", "sigma_s"), arrays))
@@ -505,8 +514,8 @@ def read_image(path, crop=None):
 class ImageFiles:
     """The images of a folder, at any depth: a length, and slices as uint8 [B,3,H,W].
 
-    In the order of their paths; those of several folders (classes, maybe) are mixed, since the
-    Inception Score splits them.
+    They are in the order of their paths; those of several folders are mixed, since the Inception
+    Score splits them.
     """
 
     def __init__(self, folder, crop=None):
@@ -536,7 +545,7 @@ class ImageFiles:
 
 
 class ImageArchive:
-    """The images of an .npz (`arr_0`, uint8 [N,H,W,3]), in slices: they may fill the memory."""
+    """The images of an .npz (`arr_0`, uint8 [N,H,W,3]), read in slices."""
 
     def __init__(self, path):
         self.path = path
@@ -606,7 +615,7 @@ def read_digits():
 
 
 def read_torchvision(name, root):
-    """Return the training images of a set, downloaded once, uint8 [N,C,H,W]."""
+    """Return a set's training images, uint8 [N,C,H,W]."""
     try:
         dataset = getattr(datasets, TORCHVISION_SETS[name])(root, train=True, download=True)
     except Exception as e:
@@ -626,9 +635,12 @@ def join_processes(device):
     """Return the device of --device; join torchrun's other processes, if any."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = ["cpu", *(card for card in cards if world == 1 or card == mine)]
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        device = mine
     if device not in known:
         raise ValueError(f"--device {device} is not here: use auto or {', '.join(known)}")
     device = torch.device(device)
@@ -636,7 +648,7 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options = dict(backend="nccl", device_id=device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world > 1:
         dist.init_process_group(**options, timeout=timedelta(minutes=30))
     return device
 
@@ -665,10 +677,10 @@ def say(words):
 
 @dataclass
 class Side:
-    """One side of the comparison; empty if there is no reference."""
+    """One side of the comparison, maybe empty."""
     path: str = ""
     images: object = None   # with a length and slices
-    stats: Features = None  # of a statistics file; they go before the images
+    stats: Features = None  # of a file; they go before the images
 
     @property
     def has_spatial(self):
@@ -699,7 +711,7 @@ def choose(args, samples, reference):
                          f"and sfid Inception and images, or (sfid) statistics with mu_s and "
                          f"sigma_s; the others images on both sides")
     if args.metrics or not reference.path:
-        return args.metrics or []  # none: only --save-stats is asked for
+        return args.metrics or []
     if max(sizes) > MANY_IMAGES:
         say(f"more than {MANY_IMAGES} images: name precision, recall, kid in --metrics if needed")
         possible |= dict(precision=False, recall=False, kid=False)
@@ -707,7 +719,7 @@ def choose(args, samples, reference):
 
 
 def load_network(args, device):
-    """Load the network of --features -> network, and words that name it."""
+    """Return the network of --features, and its name."""
     if args.features == "pixels":
         return pixel_network, f"pixels averaged to {PIXELS_SIDE} x {PIXELS_SIDE}"
     if args.features == "dinov2":
@@ -721,7 +733,7 @@ def pixel_network(images):
 
 
 def load_dinov2(weights, device):
-    """Load DINOv2 as a network of one feature, the class token."""
+    """Load DINOv2 as a network with one feature, its class token."""
     beside("teacher.py", "--features dinov2")
     import teacher
     net = teacher.load_dinov2(DINOV2, weights).resize_pos_embed(DINOV2_GRID).to(device)
@@ -753,18 +765,17 @@ def measure(side, keep, network, made_with, args, device):
             found.kept = {name: x.to(device) for name, x in passed.kept.items()}
             found.made_with = made_with
     if 0 < found.num < FEW_IMAGES:
-        say(f"warning: {path}: {found.num} images are few, and FID is biased upwards: papers use "
-            f"50,000; compare only with as many")
+        say(f"warning: {path}: {found.num} images are few, and FID is biased upwards")
     return found
 
 
 def evaluate(args, device):
-    """Measure both sides, compare, and print."""
+    """Measure, compare, print."""
     paths = filter(None, (args.samples, args.reference))
     sides = [Side(p, *main_first(open_images, p, args.crop, args.data_root)) for p in paths]
     samples, reference = [*sides, Side()][:2]
     if samples.images is not None:
-        samples.stats = None  # if a file has both, the samples are its images
+        samples.stats = None  # if a file has both
     elif args.save_stats:
         raise ValueError(f"--save-stats needs images, and {args.samples} holds statistics")
 

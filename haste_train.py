@@ -92,9 +92,9 @@ class Config:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.98  # decay of the averaged weights, the ones that are sampled
     # the machine
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 on CPU
-    compile: bool = False  # torch.compile the model
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, or mps of a Mac
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, else fp32, which on CUDA is TF32
+    compile: Optional[bool] = False  # torch.compile the blocks; None, of the presets for GPUs, does so on CUDA
     # the run
     seed: int = 0  # of everything random
     out: str = "out"  # folder for log.jsonl, ckpt.pt, samples.png and, in the end, curves.png
@@ -106,23 +106,26 @@ class Config:
     eval_samples: int = 500  # images drawn for an evaluation
     eval_steps: int = 20  # sampling steps of an evaluation (Euler)
     eval_cfg: float = 1.0  # classifier-free guidance scale of an evaluation; 1 is none
+    eval_features: Literal["pixels", "inception"] = "pixels"  # inception: also FID of the samples, on photographs
+    eval_weights: Optional[str] = None  # file with Inception's weights; if not given, they are fetched
 
 
 MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
-                        "eval_every", "cache", "data_root", "accumulate", "compile", "vae")
+                        "eval_every", "cache", "data_root", "accumulate", "compile", "vae",
+                        "eval_weights")
 
 # ImageNet, packed: the papers' settings, which are the same for all sizes.
 IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14",
                 feature_weight=0.5, attention_weight=0.5, projector_dim=2048, batch_size=256,
-                lr=1e-4, warmup=0, ema=0.9999, log_every=100, save_every=10_000, eval_every=50_000,
-                eval_samples=1000, eval_steps=50)
+                lr=1e-4, warmup=0, ema=0.9999, compile=None, log_every=100, save_every=10_000,
+                eval_every=50_000, eval_samples=1000, eval_steps=50)
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",
-                    steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995, log_every=100,
-                    save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
+                    steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995, compile=None,
+                    log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
     "imagenet256-b": dict(IMAGENET, model="SiT-B/2", stop="100000", steps=400_000),
     "imagenet256-l": dict(IMAGENET, model="SiT-L/2", stop="250000", steps=400_000),
     "imagenet256-xl": dict(IMAGENET, model="SiT-XL/2", stop="250000", steps=500_000),       # 100 epochs: FID 5.3
@@ -131,7 +134,7 @@ PRESETS = {
     "imagenet256-xl-plain": dict(IMAGENET, model="SiT-XL/2", align="none",
                                  steps=7_000_000),                                          # 1,400 epochs: FID 8.3
     "imagenet512-xl": dict(IMAGENET, data="out/imagenet512", image_size=512, model="SiT-XL/2",
-                           stop="300000", steps=500_000),   # 1,024 tokens, teacher at 448 pixels
+                           stop="300000", steps=500_000, accumulate=2),     # 1,024 tokens, teacher at 448 pixels
 }
 
 
@@ -171,23 +174,24 @@ def teacher_targets(teacher, pixels, pairs, autocast):
         return teacher(images, [j for _, j in pairs])
 
 
-def random_numbers(cfg, step, shape, device, packed):
+def random_numbers(cfg, step, shape, packed):
     """Draw every random number of a step, for the whole global batch, shape = (B, C, h, w).
 
     Returns eps [B,C,h,w], t [B], dropped [B], mirrored [B], and the noise of the autoencoder's
-    posterior [B,C,h,w], which is empty if the data is not packed.
+    posterior [B,C,h,w], which is empty if the data is not packed. All are drawn on the CPU, since a
+    GPU's numbers depend on its model.
     """
-    g = run.seeded(device, cfg.seed, 0, step)
+    g = run.seeded("cpu", cfg.seed, 0, step)
     B = shape[0]
-    eps = torch.randn(shape, generator=g, device=device)
-    t = torch.rand(B, generator=g, device=device)
+    eps = torch.randn(shape, generator=g)
+    t = torch.rand(B, generator=g)
     if cfg.time == "lognormal":                                             # REPA: sigma/alpha = exp(N(0, 1))
-        s = torch.randn(B, generator=g, device=device).exp()
+        s = torch.randn(B, generator=g).exp()
         t = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
-    dropped, mirrored = torch.rand(2, B, generator=g, device=device)
+    dropped, mirrored = torch.rand(2, B, generator=g)
     mirror_share = 0.5 if cfg.mirror else 0
     posterior_shape = shape if packed else (B, 0)
-    posterior = torch.randn(posterior_shape, generator=g, device=device)
+    posterior = torch.randn(posterior_shape, generator=g)
     return eps, t, dropped < cfg.label_drop, mirrored < mirror_share, posterior
 
 
@@ -239,16 +243,16 @@ def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
         moments = images.train.moments(rows)
         x = data.to_latents(moments, mirrored, posterior, images.packed["scale"])
     pixels, x, y, eps = (tensor.to(device) for tensor in (pixels, x, y, eps))
-    targets = teacher_targets(teacher, pixels, pairs, autocast)
 
     def losses_at(time):
         t = torch.full((len(x),), time, device=device)
-        # model.forward: not through torch.compile, which would compile it once more
-        total, terms = losses(model.forward, x, y, t, eps, targets, pairs, cfg)
+        total, terms = losses(model, x, y, t, eps, targets, pairs, cfg)
         return terms["loss"], total - terms["loss"]
 
     block = model.blocks[model.encoder_depth - 1]                           # the one below the projector
-    with autocast:
+    # not compiled: that would take minutes more, for another batch size
+    with torch.compiler.set_stance("force_eager"), autocast:
+        targets = teacher_targets(teacher, pixels, pairs, autocast)
         cosine = gradient_cosine(losses_at, block.parameters())
     return processes.mean(cosine).item()                                    # so that all processes decide alike
 
@@ -326,7 +330,12 @@ def make_teacher(cfg, images, grid, processes):
         net = teachers.load_small(cfg.teacher_weights)
     else:
         net = processes.from_main(trained)
-    return net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
+    net = net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
+    if run.precision(cfg.precision, processes.device) == "bf16":
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.bfloat16()                                            # what autocast would do in every step
+    return net
 
 
 def build(cfg, saved, guided, processes):
@@ -334,7 +343,7 @@ def build(cfg, saved, guided, processes):
 
     There is no teacher and there are no pairs unless `guided`.
     """
-    images = processes.main_first(lambda: data.open_data(cfg.data, cfg.image_size, cfg.data_root))
+    images = data.open_alike(cfg, processes)
     channels, side, _ = images.shape
     patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
     if len(images.train) < 2:
@@ -441,10 +450,10 @@ def train(cfg, processes, stop):
     """Train until --steps or a signal, from scratch or from where the last run stopped."""
     with run.one_line_errors(PROGRAM):
         check(cfg, processes.world)
-        run.make_folder(cfg.out, cfg.out)
-        saved = run.resume_point(cfg, MAY_CHANGE_ON_RESUME, MODULES, processes)
+        saved, last_good = run.resume_point(cfg, MAY_CHANGE_ON_RESUME, MODULES, processes)
         if saved and saved["steps"] >= cfg.steps:
             return
+        run.make_folder(cfg.out, cfg.out)
         start = saved["steps"] if saved else 0
         tau = saved["tau"] if saved else first_free_step(cfg)
         images, teacher, pairs, model, arch = build(cfg, saved, start < tau, processes)
@@ -454,7 +463,9 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
-            reference = evaluate.reference(images) if processes.main else None
+            if processes.main:
+                inception = evaluate.load_inception(cfg, processes.device)
+                reference = evaluate.reference(images, inception)
         log = run.Log(cfg, start, processes)
 
     device = processes.device
@@ -467,8 +478,10 @@ def train(cfg, processes, stop):
     if processes.main and saved is None:
         checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
-    if cfg.compile:
-        model.compile()                                                     # in place: names stay as they are
+    if run.compiling(cfg, device):
+        run.compile_blocks(model.blocks)
+        if teacher is not None:
+            run.compile_blocks(teacher.blocks)
     net = processes.wrap(model)                                             # what the loop calls
 
     # this process's rows of every global batch
@@ -477,7 +490,8 @@ def train(cfg, processes, stop):
     mine = slice(processes.rank * per_process, (processes.rank + 1) * per_process)
     shape = (cfg.batch_size, *images.shape)
     feed = data.batches(images.train, cfg.seed, start, cfg.batch_size, mine, device,
-                        wanted=lambda step: step < tau)                     # only the teacher looks at packed images
+                        wanted=lambda step: step < tau,                     # only the teacher looks at packed images
+                        draw=lambda step: random_numbers(cfg, step, shape, packed))
 
     bad = torch.full((), -1, device=device)                                 # the first step that was not finite
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -515,9 +529,8 @@ def train(cfg, processes, stop):
 
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
         with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
-            pixels, moments, y = next(feed)
-        numbers = random_numbers(cfg, step, shape, device, packed)
-        eps, t, dropped, mirrored, posterior = (r[mine] for r in numbers)
+            pixels, moments, y, numbers = next(feed)
+        eps, t, dropped, mirrored, posterior = numbers
         pixels = data.mirror(pixels, mirrored)                              # [b,C,H,W] uint8, or None
         y = torch.where(dropped, model.num_classes, y)                      # no label: for classifier-free guidance
         if packed:
@@ -559,7 +572,7 @@ def train(cfg, processes, stop):
         saving = stopping or done == cfg.steps or run.due(done, cfg.save_every, cfg.steps)
         if not (logging or saving):
             continue
-        run.refuse_nonfinite(processes.max(bad), (checkpoint, cfg.resume))  # no checkpoint is written after one
+        run.refuse_nonfinite(processes.max(bad), last_good)                 # no checkpoint is written after one
         means = processes.mean(torch.stack([*sums.values(), norm])).tolist()
         row = {"step": done, **dict(zip([*sums, "grad_norm"], means)), "lr": lr, **clock.read(done),
                **extra}
@@ -574,6 +587,8 @@ def train(cfg, processes, stop):
                 "ema": {**ema.state_dict(), **kept["ema"]}, "opt": opt.state_dict(),
                 "args": dataclasses.asdict(cfg), "arch": arch, "steps": done, "tau": tau,
                 "seconds": clock.seconds, "code": code, "packed_from": packed})
+        if saving:
+            last_good = checkpoint
         if stopping:
             processes.print(f"stopped by a signal after step {done}, saved {checkpoint}: the same "
                             f"command resumes")
@@ -597,7 +612,8 @@ def main(argv=None):
         processes = ddp.Processes(cfg.device)
     try:
         # OSError: a disk may be full in mid-run
-        with ddp.StopSignal(processes) as stop, run.one_line_errors(PROGRAM, OSError):
+        with (ddp.StopSignal(processes) as stop, run.one_line_errors(PROGRAM, OSError),
+              run.one_line_out_of_memory(PROGRAM, run.memory_remedy(cfg, processes.world))):
             train(cfg, processes, stop)
     finally:
         processes.close()

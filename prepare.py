@@ -268,8 +268,13 @@ def main(argv=None):
             value = getattr(args, name)
             run.require(args, value is None or value >= 1, name, "must be 1 or more")
         processes = ddp.Processes(args.device, hours=48)        # some may finish long before others
+    # Full float32, not TF32, which has fewer digits than the float16 that is stored.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    memory = run.one_line_out_of_memory("prepare.py", "give a smaller --batch-size, which changes "
+                                                      "nothing else; the same command resumes")
     try:
-        with run.one_line_errors("prepare.py"):
+        with run.one_line_errors("prepare.py"), memory:
             prepare(args, processes)
     finally:
         processes.close()

@@ -68,7 +68,7 @@ def parse(config, argv=None, prog=None, description=None, presets=None):
         options = dict(dest=f.name, default=f.default, help=comments[f.name])
         if typing.get_origin(f.type) is typing.Literal:
             options["choices"] = typing.get_args(f.type)
-        elif f.type is bool:
+        elif bool in (f.type, *typing.get_args(f.type)):
             options["action"] = argparse.BooleanOptionalAction
         else:                                                               # of Optional[int], its first argument
             options["type"] = next(iter(typing.get_args(f.type)), f.type)
@@ -119,6 +119,8 @@ def check(cfg, world, at_least_1=(), at_least_0=()):
         value = getattr(cfg, name)
         require(cfg, value is None or value >= 1, name, "must be 1 or more")
     require(cfg, cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
+    require(cfg, cfg.device != "mps" or cfg.precision != "bf16", "precision",
+            "is not for --device mps: leave it out")
     require(cfg, 0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
     parts = world * cfg.accumulate
     require(cfg, cfg.batch_size % parts == 0, "batch_size",
@@ -134,6 +136,27 @@ def make_folder(folder, out):
                          f"place") from None
 
 
+# ---- memory of a GPU
+
+@contextmanager
+def one_line_out_of_memory(program, remedy):
+    """End the program with one line instead of a traceback if a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"{program}: the memory of the GPU does not suffice: {remedy}") from None
+
+
+def memory_remedy(cfg, world):
+    """Return what a training program says then: the next larger --accumulate that fits the batch."""
+    per_process = cfg.batch_size // world
+    for more in range(cfg.accumulate + 1, per_process + 1):
+        if per_process % more == 0:
+            return (f"give --accumulate {more} (was {cfg.accumulate}), which cuts the batch into "
+                    f"smaller parts and keeps its result, up to rounding; the same command resumes")
+    return "a part of the batch is one image already: use more processes, or a smaller --model"
+
+
 # ---- random numbers and precision
 
 def seeded(device, *words):
@@ -147,6 +170,20 @@ def precision(wanted, device):
     if wanted != "auto":
         return wanted
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def compiling(cfg, device):
+    """Return whether --compile applies; None, of the presets for GPUs, means: on CUDA."""
+    if cfg.compile is None:
+        return device.type == "cuda"
+    return cfg.compile
+
+
+def compile_blocks(blocks):
+    """torch.compile each of a model's blocks: one graph serves all that are alike."""
+    torch._dynamo.config.optimize_ddp = False                               # DDP overlaps block by block as it is
+    for block in blocks:
+        block.compile()                                                     # in place: names stay as they are
 
 
 def autocast(wanted, device):
@@ -201,6 +238,8 @@ def weights_hash(model):
 
 # ---- where a run starts
 
+# flags in which processes may differ: places of a machine's own
+MAY_DIFFER = ("out", "resume", "cache", "data_root")
 # what every checkpoint holds
 CONTENT = {"model", "ema", "opt", "args", "arch", "steps", "seconds", "code"}
 
@@ -228,40 +267,40 @@ def checkpoint_file(source, name):
 
 
 def resume_point(cfg, may_change, modules, processes):
-    """Return the checkpoint to resume from, or None to start from scratch.
+    """Return the checkpoint to resume from and its path, or None twice to start from scratch.
 
     --resume is `auto` (OUT/ckpt.pt if it exists), `never`, or a path. Prints a note if that run has
     already finished, or if the code of `modules` has changed since. Raises ValueError if flags
-    other than those of `may_change` differ from the saved run's.
+    other than those of `may_change` differ from the saved run's, or if the processes differ in
+    their flags or in what they have found.
     """
-    path = Path(cfg.out, "ckpt.pt")
-    if not (processes.restarted and path.exists()):                         # after a worker has died: OUT
-        if cfg.resume == "never" or (cfg.resume == "auto" and not path.exists()):
-            return None
-        if cfg.resume != "auto":
-            path = Path(cfg.resume)
-            if path.is_dir():
-                path = path / "ckpt.pt"
     remedy = ("start over with another --out, or with --resume never (which replaces what --out "
               "holds)")
 
-    try:
-        # On a GPU the contents are copied there and need not fill every process's memory at once.
-        mmap = processes.device.type == "cuda"
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a "
-                         f"checkpoint") from None
-    except Exception as e:
-        raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or not a "
-                         f"checkpoint): {remedy}") from None
-    if not isinstance(saved, dict) or not CONTENT <= saved.keys():
-        raise ValueError(f"{path} is not a checkpoint of this program: {remedy}")
+    def find():
+        path = _where_to_resume(cfg, remedy, processes)
+        saved = path and _read_own(path, remedy, processes.device)
+        return saved, path
 
-    was = saved["args"]
-    changed = [f"{flag(name)} {value} (was {was.get(name)})"
+    def describe(found):
+        saved, _ = found
+        words = [f"{flag(name)} {value}" for name, value in dataclasses.asdict(cfg).items()
+                 if name not in MAY_DIFFER]
+        if saved is None:
+            return [*words, "no checkpoint"]
+        words.append(f"a checkpoint of step {saved['steps']}, after {saved['seconds']} s")
+        return words + [f"a checkpoint with {flag(k)} {v}" for k, v in saved["args"].items()]
+
+    saved, path = processes.alike(find, describe, f"start all with the same flags, and let --out "
+                                                  f"{cfg.out} lie on a disk that all machines see")
+    if saved is None:
+        return None, None
+
+    # a flag that is newer than the checkpoint had its default
+    was = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **saved["args"]}
+    changed = [f"{flag(name)} {value} (was {was[name]})"
                for name, value in dataclasses.asdict(cfg).items()
-               if name not in may_change and value != was.get(name)]
+               if name not in may_change and value != was[name]]
     if changed:
         raise ValueError(f"{path} was trained with other flags: {', '.join(changed)}. Give the "
                          f"same ones to resume, or {remedy}")
@@ -273,22 +312,52 @@ def resume_point(cfg, may_change, modules, processes):
         if saved["code"] != code_hash(*modules):
             processes.print("note: the code of model or training has changed since that checkpoint "
                             "was written")
+    return saved, path
+
+
+def _where_to_resume(cfg, remedy, processes):
+    """Return the path of the checkpoint that --resume means, or None."""
+    own = Path(cfg.out, "ckpt.pt")
+    if cfg.resume in ("auto", "never"):
+        # After a worker has died, `own` is this run's: an older one was removed at its start.
+        resuming = cfg.resume == "auto" or processes.restarted
+        return own if resuming and own.exists() else None
+    if processes.restarted and own.exists():
+        if _read_own(own, remedy, processes.device)["args"]["resume"] == cfg.resume:
+            return own                                                      # else it is an older run's
+    path = Path(cfg.resume)
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def _read_own(path, remedy, device):
+    """Return the content of a training program's checkpoint. Raises ValueError, one line."""
+    try:
+        # On a GPU the contents are copied there and need not fill every process's memory at once.
+        mmap = device.type == "cuda"
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise ValueError(f"--resume {path} does not exist: give auto, never, or the path of a "
+                         f"checkpoint") from None
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}: cut short, or not a "
+                         f"checkpoint): {remedy}") from None
+    if not isinstance(saved, dict) or not CONTENT <= saved.keys():
+        raise ValueError(f"{path} is not a checkpoint of this program: {remedy}")
     return saved
 
 
-def refuse_nonfinite(first_bad, checkpoints):
+def refuse_nonfinite(first_bad, last_good):
     """End the run if a step was not finite; here the host waits for the device.
 
-    first_bad: tensor, the first such step or -1. checkpoints: where the last good one may be.
+    first_bad: tensor, the first such step or -1. last_good: path of the last checkpoint, or None.
     """
     if first_bad.item() < 0:
         return
-    good = [path for path in checkpoints if Path(path).is_file()]
     last = "no checkpoint was written before"
     start = ""
-    if good:
-        last = f"the last good checkpoint is {good[0]}"
-        start = f", in a new run from it: --init {good[0]} --out NEW"
+    if last_good:
+        last = f"the last good checkpoint is {last_good}"
+        start = f", in a new run from it: --init {last_good} --out NEW"
     raise SystemExit(f"loss or gradient was not finite in step {first_bad.item() + 1}; {last}. "
                      f"Try a lower --lr, or --precision fp32{start}")
 

@@ -136,7 +136,7 @@ def states_of_sit(model, args, rows, labels):
 def states_of_xar(model, args, rows, labels):
     """Return at most FRAMES states [b,C,h,w], each with more entities than the one before."""
     tokens = model.sample_tokens(labels, args.steps, args.cfg, xar.indexed_randn(args.seed, rows))
-    return list(model.growth(tokens, FRAMES).unbind(1))
+    return list(evaluate.growth(model, tokens, FRAMES).unbind(1))
 
 
 def fill_in(args, model):
@@ -353,8 +353,10 @@ def main(argv=None):
     args = parse_args(argv)
     with run.one_line_errors(PROGRAM):
         processes = ddp.Processes(args.device, hours=48)                    # one may finish long before another
+    memory = run.one_line_out_of_memory(PROGRAM, "give a smaller --batch-size, which changes "
+                                                 "nothing else")
     try:
-        with run.one_line_errors(PROGRAM):
+        with run.one_line_errors(PROGRAM), memory:
             sample(args, processes)
     finally:
         processes.close()

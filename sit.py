@@ -54,8 +54,9 @@ def pos_embed_2d(D, grid):
 
 
 def modulate(x, shift, scale):
-    """Return x (1 + scale) + shift: x [B,N,D], shift and scale [B,D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Return x (1 + scale) + shift, in x's dtype: x [B,N,D], shift and scale [B,D]."""
+    scale = scale.to(torch.promote_types(scale.dtype, torch.float32))       # in bfloat16, 1 + 0.001 is 1
+    return (x * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -94,7 +95,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                      # [B,C,h,w] -> [B,N,D]
+        tokens = self.proj(x).flatten(2).transpose(1, 2)                    # [B,C,h,w] -> [B,N,D]
+        return tokens.contiguous()                                          # else every sum and norm above it copies
 
 
 class Attention(nn.Module):
@@ -250,7 +252,8 @@ class SiT(nn.Module):
             h, qk[i] = block(h, c, tap=i in tapped)
             if with_taps and self.projectors is not None and i == self.encoder_depth - 1:
                 z = self.projectors[0](h)                                   # [B,N,z_dim]
-        v = self.unpatchify(self.final_layer(h, c))                         # [B,C,h,w]
+        with torch.autocast(h.device.type, enabled=False):                  # a sampler adds up what is rounded here
+            v = self.unpatchify(self.final_layer(h, c))                     # [B,C,h,w]
 
         if not with_taps:
             return v
@@ -267,14 +270,17 @@ class SiT(nn.Module):
 
 # ---- path and loss
 
-def _path(t, path):
-    """Return alpha, sigma and their time derivatives of x_t = alpha x + sigma eps (SiT eq. 1)."""
+def _path(t, path, sin=torch.sin, cos=torch.cos):
+    """Return alpha, sigma and their time derivatives of x_t = alpha x + sigma eps (SiT eq. 1).
+
+    t is a tensor, or a number if sin and cos are those of math.
+    """
     if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        return 1 - t, t, -1.0, 1.0
     if path == "cosine":
         k = math.pi / 2
         a = t * k
-        return a.cos(), a.sin(), -k * a.sin(), k * a.cos()
+        return cos(a), sin(a), -k * sin(a), k * cos(a)
     raise ValueError(f"path {path!r} must be 'linear' or 'cosine'")
 
 
@@ -310,8 +316,13 @@ def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
 
 # ---- sampling: state in float64, network in the latent's own dtype
 
+def _as_state(x):
+    """Return x in float64, or in float32 on Apple's GPUs, which have nothing wider."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def _guided(velocity, y, dtype, cfg_scale, null_label):
-    """Return f(x, t, guide) -> velocity in float64.
+    """Return f(x, t, guide) -> velocity in the state's dtype.
 
     With `guide` it is u + w (c - u), from evaluations with label (c) and without (u); else c alone.
     """
@@ -327,10 +338,10 @@ def _guided(velocity, y, dtype, cfg_scale, null_label):
         x = x.to(dtype)
         ts = torch.full((len(x),), t, device=x.device, dtype=t_dtype)       # [B]
         if not guide:
-            return velocity(x, ts, y).double()
+            return _as_state(velocity(x, ts, y))
         labels = torch.cat([y, torch.full_like(y, null)])                   # [2B]: with label, then without
         v = velocity(torch.cat([x, x]), torch.cat([ts, ts]), labels)
-        c, u = v.double().chunk(2)
+        c, u = _as_state(v).chunk(2)
         return u + cfg_scale * (c - u)
     return f
 
@@ -346,8 +357,8 @@ def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1
     step's start.
     """
     f = _guided(velocity, y, x.dtype, cfg_scale, null_label)
-    state = x.double()
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    state = _as_state(x)
+    times = np.linspace(1, 0, num_steps + 1).tolist()
     for i in range(num_steps):
         t = times[i]
         t_next = times[i + 1]
@@ -372,16 +383,15 @@ def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 
     `sample_ode`.
     """
     f = _guided(velocity, y, x.dtype, cfg_scale, null_label)
-    state = x.double()
-    times = torch.linspace(1, last_step, num_steps, dtype=torch.float64).tolist() + [0.0]
+    state = _as_state(x)
+    times = [*np.linspace(1, last_step, num_steps).tolist(), 0.0]
     for i in range(num_steps):
         t = times[i]
         dt = times[i + 1] - t                                               # negative
         # Guidance may act on v: the drift is affine in v, and the two weights sum to one.
         v = f(state, t, cfg_scale != 1 and cfg_interval[0] <= t <= cfg_interval[1])
 
-        coefficients = _path(torch.tensor(t, dtype=torch.float64), path)
-        alpha, sigma, d_alpha, d_sigma = (a.item() for a in coefficients)
+        alpha, sigma, d_alpha, d_sigma = _path(t, path, math.sin, math.cos)
         r = alpha / d_alpha
         w = 2 * t
         score = (r * v - state) / (sigma ** 2 - r * d_sigma * sigma)
@@ -402,7 +412,10 @@ def indexed_randn(seed, indices):
 
     def randn(like):                                                        # [B,...]
         noise = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
-        return torch.from_numpy(np.stack(noise)).to(like.device, like.dtype)
+        noise = torch.from_numpy(np.stack(noise))
+        if like.is_cuda:                                                    # a copy from pinned memory need not wait
+            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
+        return noise.to(like.device, like.dtype)
     return randn
 
 

@@ -219,7 +219,7 @@ def _mean_std(device):
 def normalise(images_uint8):
     """Return float32 images with ImageNet's mean subtracted, divided by its deviation."""
     mean, std = _mean_std(images_uint8.device)
-    return (images_uint8.float() / 255 - mean) / std
+    return (images_uint8.float() / 255).sub_(mean).div_(std)                # in place: photographs are large
 
 
 def resize(x, grid):

@@ -73,7 +73,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         out = self.norm(x)
-        q, k, v = (f(out).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))     # [B,1,h*w,D]
+        # contiguous, else no fused kernel takes them, and the h*w x h*w map is stored
+        q, k, v = (f(out).flatten(2).mT[:, None].contiguous() for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].mT                          # [B,D,h*w]
         return x + self.proj_out(out.reshape(x.shape))
 
@@ -326,7 +327,8 @@ def load_vae(source):
         raise ValueError(f"--vae {path} cannot be read: cut short, or of another format "
                          f"({type(e).__name__})") from None
     try:
-        return AutoencoderKL.from_state_dict(sd)
+        net = AutoencoderKL.from_state_dict(sd)
+        return net.to(memory_format=torch.channels_last)                    # what GPUs' convolutions work in
     except ValueError as e:
         raise ValueError(f"--vae {path} {e}") from None
 

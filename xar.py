@@ -23,7 +23,7 @@ import argparse
 import math
 import re
 import zipfile
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,8 @@ XAR_CONFIGS = {"xAR-Ti": dict(dim=64, encoder_depth=3, decoder_depth=3, num_head
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS = 1e-6  # of all norms
 LAST_STEP = 0.04  # the sampler's last noisy time, SiT's
-FLEX_TOKENS = 1024  # FlexAttention pays from this length on
-FLEX_WIDTH = 16  # its narrowest head
+FEW = 16  # at most so many entities, with so many tokens each or more on average:
+LONG = 32  # then a call of attention for each is faster than one call with a mask
 
 
 # ---- entities: lists of (g, raster indices into the g x g grid); all else derives from them
@@ -102,24 +102,20 @@ def visible(entity_of, q, k):
     return torch.where(q < L, first_sees, second_sees)
 
 
-@lru_cache(maxsize=8)
-def flex_mask(entity, G, M, length, device):
-    """Return `visible` as FlexAttention's block mask, for the first M entities."""
-    from torch.nn.attention.flex_attention import create_block_mask         # half a second: only if needed
-    sizes = torch.tensor([len(index) for _, index in entities(entity, G)[:M]])
+def attention(q, k, v, sizes, mask, dropout):
+    """Return softmax(q k^T / sqrt(d)) v, where q [B,H,N,d] are of the last tokens in k and v.
 
-    # The mask is kept, and training may use it later: it must not be an inference tensor.
-    with torch.inference_mode(False):
-        entity_of = torch.repeat_interleave(torch.arange(M), sizes).to(device)
-        return create_block_mask(lambda b, h, q, k: visible(entity_of, q, k), None, None,
-                                 length, length, device=device)
-
-
-@lru_cache(maxsize=1)
-def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-    # Uncompiled, it would write down the L x L map that it is there to avoid.
-    return torch.compile(flex_attention)
+    Entities of `sizes` see themselves and all before, unless a mask [N,N] says who sees whom.
+    """
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    before = k.shape[2] - q.shape[2]
+    outs = []
+    for q_n, end in zip(q.split(sizes, dim=2), accumulate(sizes)):
+        k_n = k[:, :, :before + end]  # the keys up to the entity's end
+        v_n = v[:, :, :before + end]
+        outs.append(F.scaled_dot_product_attention(q_n, k_n, v_n, None, dropout))
+    return torch.cat(outs, dim=2)
 
 
 def rope_angles(rows, cols, d):
@@ -143,26 +139,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, rope, mask, past):
-        """Return the output, and `past` with x's own keys and values [B,H,N,d].
-
-        x [B,groups,m,D]; `past` holds those of the finished entities, or is None.
-        """
+    def forward(self, x, sizes, rope, mask, cache):
+        """Return the output for x [B,groups,m,D]; `cache` is None or (memory [2,B,H,L,d], begin)."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
         q, k = rotate(qk, *rope).type_as(v)
         v = v[0]
-        if past is not None:
-            k = torch.cat([past[0], k], dim=2)
-            v = torch.cat([past[1], v], dim=2)
+        if cache is not None:
+            memory, begin = cache
+            known = memory[:, :len(x), :, :begin + sum(sizes)]
+            known[0, :, :, begin:] = k
+            known[1, :, :, begin:] = v
+            k, v = known
 
-        if mask is None or isinstance(mask, torch.Tensor):
-            dropout = self.attn_dropout if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # [B,H,N,d]
-        else:
-            out = compiled_flex_attention()(q, k, v, block_mask=mask)
-        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape))), (k, v)
+        dropout = self.attn_dropout if self.training else 0.0
+        out = attention(q, k, v, sizes, mask, dropout)  # [B,H,N,d]
+        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
 
 # ---- modules
@@ -181,6 +174,12 @@ def per_token(c, sizes):
         return c[:, :, None]
     repeated = [one.expand(-1, n, -1) for one, n in zip(c.split(1, dim=1), sizes)]
     return torch.cat(repeated, dim=1)[:, None]
+
+
+def modulate(x, shift, scale):
+    """Return x (1 + scale) + shift, in x's dtype."""
+    scale = scale.to(torch.promote_types(scale.dtype, torch.float32))  # in bfloat16, 1 + 0.001 is 1
+    return (x * (1 + scale) + shift).to(x.dtype)
 
 
 class TimeEmbedder(nn.Module):
@@ -223,12 +222,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, dropout)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, sizes, rope, mask, past):  # x [B,groups,m,D], c [B,M,D]
+    def forward(self, x, c, sizes, rope, mask, cache):  # x [B,groups,m,D], c [B,M,D]
         mod = per_token(self.ada_lin(c), sizes)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.chunk(6, dim=-1)
-        out, keys_values = self.attn(self.norm(x) * (1 + scale1) + shift1, rope, mask, past)
+        out = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, cache)
         x = x + gamma1 * out
-        return x + gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2), keys_values
+        return x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
 
 
 # ---- model
@@ -331,15 +330,6 @@ class XAR(nn.Module):
         repeat = self.grid // g
         return level.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)
 
-    def growth(self, tokens, most=16):
-        """Return tokens [B,L,C] as images [B,frames,C,h,w]: after the first entity, the second, ...
-
-        At most `most` frames, evenly spread; the last is always there.
-        """
-        shown = np.linspace(len(self.sizes) - 1, 0, most).round().astype(int)
-        ends = np.cumsum(self.sizes)[np.unique(shown)]
-        return torch.stack([self.to_latent(tokens[:, :end]) for end in ends], dim=1)
-
     # -- network
 
     def forward(self, tokens, t, y=None, clean=None):
@@ -355,44 +345,37 @@ class XAR(nn.Module):
             t = torch.cat([torch.zeros_like(t), t], dim=1)  # [B,2M]
             sizes = 2 * sizes
             rows = rows.repeat(2)
-        mask = self._mask(M, N, rows) if len(sizes) > 1 else None
-        v, _ = self.network(tokens, t, y, sizes, rows, mask)
-        return v[:, -N:]
+        mask = None
+        dense = M == 1 or M <= FEW and N >= LONG * M
+        if clean is not None or not dense:
+            i = torch.arange(len(rows), device=rows.device)
+            mask = visible(self.entity_of[:N], i[:, None], i)  # [N,N], with `clean` [2N,2N]
+        return self.network(tokens, t, y, sizes, rows, mask)[:, -N:]
 
-    def _mask(self, M, N, rows):
-        """Return who sees whom among M entities of N tokens: [N,N], [2N,2N], or a block mask."""
-        dropout = self.training and self.attn_dropout > 0  # FlexAttention has none
-        head_width = 2 * self.rope_cos.shape[1]
-        long = rows.is_cuda and len(rows) >= FLEX_TOKENS
-        if long and head_width >= FLEX_WIDTH and not dropout:
-            return flex_mask(self.entity, self.grid, M, len(rows), rows.device)
-        i = torch.arange(len(rows), device=rows.device)
-        return visible(self.entity_of[:N], i[:, None], i)
+    def network(self, tokens, t, y, sizes, rows, mask=None, memory=None, begin=0):
+        """Return v [B,N,C] of tokens [B,N,C]: entities of `sizes`, at the places `rows` [N].
 
-    def network(self, tokens, t, y, sizes, rows, mask=None, past=None):
-        """Return v [B,N,C], and the cache: keys and values [B,H,N,d] of each block.
-
-        tokens [B,N,C]: entities of `sizes`, at the places `rows` [N] of the sequence. `past` is the
-        cache of the finished entities, which all tokens see.
+        `memory` [blocks,2,B,H,L,d] caches keys and values. The tokens see those before `begin`, and
+        write their own behind them.
         """
         if y is None:
             y = torch.full((len(t),), self.num_classes, device=t.device)
         c = self.class_emb(y)[:, None] + self.time_embed(t)  # [B,M,D]
         groups = count_groups(sizes)
         rope = self.rope_cos[rows], self.rope_sin[rows]
-        blocks = [*self.encoder_blocks, *self.decoder_blocks]
-        past = past or [None] * len(blocks)
-        cache = []
 
         x = self.z_proj_ln(self.z_proj(tokens) + self.encoder_pos_embed_learned[:, rows])
         x = x.unflatten(1, (groups, -1))  # [B,groups,m,D]
-        for i, block in enumerate(blocks):
+        for i, block in enumerate([*self.encoder_blocks, *self.decoder_blocks]):
             if i == len(self.encoder_blocks):
                 position = self.decoder_pos_embed_learned[:, rows].unflatten(1, (groups, -1))
                 x = self.decoder_embed(self.encoder_norm(x)) + position
-            x, keys_values = block(x, c, sizes, rope, mask, past[i])
-            cache.append(keys_values)
-        return self.pred(self.decoder_norm(x)).flatten(1, 2), cache
+            cache = None
+            if memory is not None:
+                cache = memory[i], begin
+            x = block(x, c, sizes, rope, mask, cache)
+        with torch.autocast(x.device.type, enabled=False):  # a sampler adds up what is rounded here
+            return self.pred(self.decoder_norm(x)).flatten(1, 2)
 
     # -- loss
 
@@ -441,11 +424,11 @@ class XAR(nn.Module):
         """Return tokens [B,L,C], made one entity after another by `reverse_sde`, without dropout.
 
         Guidance grows along the order: u + w_n (c - u), w_n = 1 + (w - 1) n / (M - 1), w if M = 1.
-        randn(like) is called on [B,m,C] in float64, for an entity's first noise and then for its
-        num_steps - 1 noisy steps. Raises ValueError for a label out of range.
+        randn(like) is called on [B,m,C] in float64, for an entity's first noise, then for each of
+        its noisy steps. Raises ValueError for a label out of range.
         """
         M = len(self.sizes)
-        weight = self.pred.weight  # knows device and dtype
+        weight = self.pred.weight  # has device and dtype
         if isinstance(y, (int, np.integer)):
             y = torch.full((max(0, int(y)),), self.num_classes)
             cfg_scale = 1.0        # c = u, there is nothing to guide
@@ -457,29 +440,39 @@ class XAR(nn.Module):
         training = self.training
         self.eval()
         try:
+            memory = self._memory(len(labels))
             done = []                                          # finished entities, [B,m,C] each
-            cache = None                                       # their keys and values
             begin = 0                                          # the next one's first token
             for n, size in enumerate(self.sizes):
-                rows = torch.arange(begin, begin + size, device=y.device)
                 w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
                 guided = cfg_scale != 1 and (n > 0 or M == 1)  # the first of several has w = 1
 
                 def velocity(x, t):
                     if not guided:
-                        return self._evaluate(x, t, y, rows, cache)[0].double()
-                    c, u = self._evaluate(x, t, labels, rows, cache)[0].double().chunk(2)
+                        return _as_state(self._evaluate(x, t, y, memory, begin))
+                    c, u = _as_state(self._evaluate(x, t, labels, memory, begin)).chunk(2)
                     return u + w * (c - u)
 
-                x = weight.new_empty(len(y), size, self.channels, dtype=torch.float64)
+                x = _as_state(weight.new_empty(len(y), size, self.channels))
                 x = reverse_sde(velocity, randn(x), num_steps, randn).to(weight.dtype)
                 done.append(x)
                 if n < M - 1:  # it enters the cache, once, at t = 0
-                    cache = self._evaluate(x, 0.0, labels, rows, cache)[1]
+                    self._evaluate(x, 0.0, labels, memory, begin)
                 begin += size
             return torch.cat(done, dim=1)
         finally:
             self.train(training)
+
+    def _memory(self, B):
+        """Return room for the keys and values of all tokens, [blocks,2,B,H,L,d]."""
+        like = self.pred.weight
+        dtype = like.dtype
+        if torch.is_autocast_enabled(like.device.type):
+            dtype = torch.get_autocast_dtype(like.device.type)
+        depth = len(self.encoder_blocks) + len(self.decoder_blocks)
+        H = self.encoder_blocks[0].attn.num_heads
+        d = like.shape[1] // H
+        return like.new_empty(depth, 2, B, H, len(self.order), d, dtype=dtype)
 
     def _class_ids(self, y):
         y = torch.as_tensor(y).long()
@@ -491,26 +484,33 @@ class XAR(nn.Module):
                              f"{null} is no label")
         return y
 
-    def _evaluate(self, x, t, labels, rows, cache):
-        """Return network's v and cache for one entity x [B,m,C]; labels [B], or [2B] if guided."""
+    def _evaluate(self, x, t, labels, memory, begin):
+        """Return v of the entity x [B,m,C] at `begin`; labels [B], or [2B] if guided."""
         x = x.to(self.pred.weight.dtype).repeat(len(labels) // len(x), 1, 1)
+        m = x.shape[1]
         t = x.new_full((len(labels), 1), t, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.network(x, t, labels, [len(rows)], rows, past=cache)
+        rows = torch.arange(begin, begin + m, device=x.device)
+        return self.network(x, t, labels, [m], rows, memory=memory, begin=begin)
 
 
 # ---- sampling
 
-def reverse_sde(velocity, x, num_steps, randn, start=1.0):
-    """Return x at t = 0, from x (float64) at t = `start`; velocity(x, t) -> v.
+def _as_state(x):
+    """Return x in float64, or in float32 on Apple's GPUs, which have nothing wider."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
-    Euler-Maruyama on SiT's reverse SDE (its eq. 4) with w_t = 2t and the score s:
+
+def reverse_sde(velocity, x, num_steps, randn, start=1.0):
+    """Return x at t = 0, from x at t = `start`; velocity(x, t) -> v, like x.
+
+    Euler-Maruyama on SiT's reverse SDE (eq. 4) with w_t = 2t and the score s:
         dx = (v - t s) dt + sqrt(2t) dW,   s = -((1 - t) v + x) / t,   so v - t s = (2 - t) v + x
     num_steps - 1 noisy steps reach t = LAST_STEP, and one without noise reaches 0.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be 1 or more")
     # The last step has no noise, and begins before the score's 1 / t grows without bound.
-    ts = torch.linspace(start, LAST_STEP, num_steps, dtype=torch.float64).tolist() + [0.0]
+    ts = [*np.linspace(start, LAST_STEP, num_steps).tolist(), 0.0]
     for t, t_next in zip(ts, ts[1:]):
         x = x + ((2 - t) * velocity(x, t) + x) * (t_next - t)
         if t_next > 0:
@@ -524,7 +524,10 @@ def indexed_randn(seed, indices):
 
     def randn(like):
         noise = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
-        return torch.from_numpy(np.stack(noise)).to(like.device, like.dtype)
+        noise = torch.from_numpy(np.stack(noise))
+        if like.is_cuda:  # a copy from pinned memory need not wait
+            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
+        return noise.to(like.device, like.dtype)
     return randn
 
 

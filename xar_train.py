@@ -69,9 +69,9 @@ class Config:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.98  # decay of the averaged weights, the ones that are sampled
     # the machine
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 on CPU
-    compile: bool = False  # torch.compile the model
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, or mps of a Mac
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, else fp32, which on CUDA is TF32
+    compile: Optional[bool] = False  # torch.compile the blocks; None, of the presets for GPUs, does so on CUDA
     # the run
     seed: int = 0  # of everything random
     out: str = "out/xar"  # folder for log.jsonl, ckpt.pt, samples.png, growth.png and, in the end, curves.png
@@ -83,26 +83,29 @@ class Config:
     eval_samples: int = 500  # images drawn for an evaluation
     eval_steps: int = 20  # sampling steps of each entity in an evaluation
     eval_cfg: float = 1.0  # classifier-free guidance scale of an evaluation; 1 is none
+    eval_features: Literal["pixels", "inception"] = "pixels"  # inception: also FID of the samples, on photographs
+    eval_weights: Optional[str] = None  # file with Inception's weights; if not given, they are fetched
 
 
 MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
-                        "eval_every", "data_root", "accumulate", "compile", "vae")
+                        "eval_every", "data_root", "accumulate", "compile", "vae",
+                        "eval_weights")
 
 # ImageNet, packed with KL-16 and mirror images: the paper's 800 epochs of 1,281,167 images.
 IMAGENET = dict(data="out/imagenet256-kl16", image_size=256, latent_channels=16, mirror=True,
                 entity="cell:8", dropout=0.1, attn_dropout=0.1, steps=500_456, batch_size=2048,
-                lr=4e-4, lr_end=1e-5, ema=0.9999, log_every=100, save_every=5000,
+                lr=4e-4, lr_end=1e-5, ema=0.9999, compile=None, log_every=100, save_every=5000,
                 eval_every=25_000, eval_samples=1000, eval_steps=40)
 PRESETS = {
     "digits": dict(),
     # CIFAR-10 at 32 x 32 pixels, 1,024 tokens in 16 cells, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, hidden_size=384, depth=12, num_heads=6,
                     entity="cell:8", dropout=0.1, attn_dropout=0.1, steps=50_000, batch_size=256,
-                    lr=4e-4, lr_end=1e-5, ema=0.9995, log_every=100, save_every=5000,
-                    eval_every=5000, eval_samples=2000, eval_steps=40),
+                    accumulate=4, lr=4e-4, lr_end=1e-5, ema=0.9995, compile=None, log_every=100,
+                    save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=40),
     "imagenet256-b": dict(IMAGENET, model="xAR-B"),                         # FID 1.72 with 40 steps, guidance 2.7
-    "imagenet256-l": dict(IMAGENET, model="xAR-L"),                         # 1.28 with 50 steps, 2.3
-    "imagenet256-h": dict(IMAGENET, model="xAR-H"),                         # 1.24 with 50 steps, 2.2
+    "imagenet256-l": dict(IMAGENET, model="xAR-L", accumulate=4),           # 1.28 with 50 steps, 2.3
+    "imagenet256-h": dict(IMAGENET, model="xAR-H", accumulate=8),           # 1.24 with 50 steps, 2.2
 }
 
 
@@ -119,20 +122,20 @@ def learning_rate(cfg, step):
     return cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * falling)) / 2
 
 
-def random_numbers(cfg, step, model, device, packed):
-    """Draw every random number of a step but dropout, for the whole global batch.
+def random_numbers(cfg, step, model, packed):
+    """Draw every random number of a step but dropout, for the whole global batch, on the CPU.
 
     Returns eps [B,L,C], t [B,M], dropped [B], mirrored [B], and the noise of the autoencoder's
     posterior [B,C,h,w], which is empty if the data is not packed.
     """
-    g = run.seeded(device, cfg.seed, 0, step)
+    g = run.seeded("cpu", cfg.seed, 0, step)
     B = cfg.batch_size
-    eps = torch.randn(B, sum(model.sizes), model.channels, generator=g, device=device)
-    t = torch.randn(B, len(model.sizes), generator=g, device=device).sigmoid()
-    dropped, mirrored = torch.rand(2, B, generator=g, device=device)
+    eps = torch.randn(B, sum(model.sizes), model.channels, generator=g)
+    t = torch.randn(B, len(model.sizes), generator=g).sigmoid()
+    dropped, mirrored = torch.rand(2, B, generator=g)
     mirror_share = 0.5 if cfg.mirror else 0
     posterior_shape = (model.channels, model.grid, model.grid) if packed else (0,)
-    posterior = torch.randn(B, *posterior_shape, generator=g, device=device)
+    posterior = torch.randn(B, *posterior_shape, generator=g)
     return eps, t, dropped < cfg.label_drop, mirrored < mirror_share, posterior
 
 
@@ -164,7 +167,7 @@ def check(cfg, world):
 
 def build(cfg, sizes, saved, processes):
     """Return the data, the model, and the model's arguments."""
-    images = processes.main_first(lambda: data.open_data(cfg.data, cfg.image_size, cfg.data_root))
+    images = data.open_alike(cfg, processes)
     channels, side, _ = images.shape
     images.check(cfg, saved, grid=side, channels=channels)
     initial = None
@@ -233,7 +236,7 @@ def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
     evaluate.sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
 
     with autocast:
-        frames = ema.growth(tokens_of(torch.arange(8)))                     # [8,frames,C,h,w]
+        frames = evaluate.growth(ema, tokens_of(torch.arange(8)))                   # [8,frames,C,h,w]
         pixels = data.to_uint8(decode(frames.flatten(0, 1)))
     data.save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
     return evaluate.scores(samples, reference, ema.num_classes)
@@ -248,10 +251,10 @@ def train(cfg, processes, stop):
     """Train until --steps or a signal, from scratch or from where the last run stopped."""
     with run.one_line_errors(PROGRAM):
         sizes = check(cfg, processes.world)
-        run.make_folder(cfg.out, cfg.out)
-        saved = run.resume_point(cfg, MAY_CHANGE_ON_RESUME, MODULES, processes)
+        saved, last_good = run.resume_point(cfg, MAY_CHANGE_ON_RESUME, MODULES, processes)
         if saved and saved["steps"] >= cfg.steps:
             return
+        run.make_folder(cfg.out, cfg.out)
         start = saved["steps"] if saved else 0
         images, model, arch = build(cfg, sizes, saved, processes)
         ema, opt = training_state(cfg, model, saved)
@@ -260,8 +263,14 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.channels, processes.device))
-            reference = evaluate.reference(images) if processes.main else None
+            if processes.main:
+                inception = evaluate.load_inception(cfg, processes.device)
+                reference = evaluate.reference(images, inception)
         log = run.Log(cfg, start, processes)
+    if saved and saved["args"]["steps"] != cfg.steps:
+        processes.print(f"note: --steps was {saved['args']['steps']}; warm-up and decay are shares "
+                        f"of it, so the learning rate continues at "
+                        f"{learning_rate(cfg, start):.3g}")
 
     device = processes.device
     world = processes.world
@@ -273,8 +282,11 @@ def train(cfg, processes, stop):
     if processes.main and saved is None:
         checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
-    if cfg.compile:
-        model.compile()                                                     # in place: names stay as they are
+    if run.compiling(cfg, device):
+        run.compile_blocks([*model.encoder_blocks, *model.decoder_blocks])
+    if device.type == "cuda" and (cfg.context == "clean" or len(model.sizes) > xar.FEW):
+        # With a mask, cuDNN's attention may have gradients that are not finite (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     net = processes.wrap(model)                                             # what the loss calls
 
     # this process's rows of every global batch
@@ -282,7 +294,8 @@ def train(cfg, processes, stop):
     part = per_process // cfg.accumulate
     mine = slice(processes.rank * per_process, (processes.rank + 1) * per_process)
     feed = data.batches(images.train, cfg.seed, start, cfg.batch_size, mine, device,
-                        wanted=lambda step: False)                          # of packed data the moments alone
+                        wanted=lambda step: False,                          # of packed data the moments alone
+                        draw=lambda step: random_numbers(cfg, step, model, packed))
 
     bad = torch.full((), -1, device=device)                                 # the first step that was not finite
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -300,9 +313,8 @@ def train(cfg, processes, stop):
 
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
         with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
-            pixels, moments, y = next(feed)
-        numbers = random_numbers(cfg, step, model, device, packed)
-        eps, t, dropped, mirrored, posterior = (r[mine] for r in numbers)
+            pixels, moments, y, numbers = next(feed)
+        eps, t, dropped, mirrored, posterior = numbers
         y = torch.where(dropped, model.num_classes, y)                      # no label: for classifier-free guidance
         if packed:
             x = data.to_latents(moments, mirrored, posterior, packed["scale"])              # [b,C,h,w]
@@ -340,7 +352,7 @@ def train(cfg, processes, stop):
         saving = stopping or done == cfg.steps or run.due(done, cfg.save_every, cfg.steps)
         if not (logging or saving):
             continue
-        run.refuse_nonfinite(processes.max(bad), (checkpoint, cfg.resume))  # no checkpoint is written after one
+        run.refuse_nonfinite(processes.max(bad), last_good)                 # no checkpoint is written after one
         loss, grad_norm = processes.mean(torch.stack([total, norm])).tolist()
         row = {"step": done, "loss": loss, "grad_norm": grad_norm, "lr": lr, **clock.read(done)}
         if evaluating:
@@ -353,6 +365,8 @@ def train(cfg, processes, stop):
                 "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                 "args": dataclasses.asdict(cfg), "arch": arch, "steps": done,
                 "seconds": clock.seconds, "code": code, "packed_from": packed})
+        if saving:
+            last_good = checkpoint
         if stopping:
             processes.print(f"stopped by a signal after step {done}, saved {checkpoint}: the same "
                             f"command resumes")
@@ -374,7 +388,8 @@ def main(argv=None):
         processes = ddp.Processes(cfg.device)
     try:
         # OSError: a disk may be full in mid-run
-        with ddp.StopSignal(processes) as stop, run.one_line_errors(PROGRAM, OSError):
+        with (ddp.StopSignal(processes) as stop, run.one_line_errors(PROGRAM, OSError),
+              run.one_line_out_of_memory(PROGRAM, run.memory_remedy(cfg, processes.world))):
             train(cfg, processes, stop)
     finally:
         processes.close()

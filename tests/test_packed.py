@@ -305,7 +305,7 @@ def test_old_folder_is_read_as_it_was(tmp_path):
     rows = data.global_rows(6, 3, 1, 4)                                     # the order is what it was, too
     assert rows.tolist() == [3, 0, 1, 2]
     feed = data.batches(s.train, 3, 1, 4)
-    images, moments, labels = next(feed)
+    images, moments, labels, _ = next(feed)
     feed.close()
     found = arrays(OLD)
     for batch, name in ((images, "images"), (moments, "moments"), (labels, "labels")):

@@ -149,11 +149,11 @@ def test_growth_shows_the_sample_entity_by_entity():
         model = small(entity, channels=2)
         tokens = model.sample_tokens(torch.arange(3), 2, randn=xar.indexed_randn(0, range(3)))
         whole = model.sample(torch.arange(3), 2, randn=xar.indexed_randn(0, range(3)))
-        frames = model.growth(tokens)
+        frames = evaluate.growth(model, tokens)
         assert frames.shape == (3, columns, 2, 8, 8)
         assert torch.equal(frames[:, -1], whole)                            # the last frame is the image
-        assert torch.equal(model.growth(tokens, most=1), whole[:, None])    # and it is always there
-        assert torch.equal(model.growth(tokens, most=2)[:, 0], frames[:, 0])
+        assert torch.equal(evaluate.growth(model, tokens, most=1), whole[:, None])    # and it is always there
+        assert torch.equal(evaluate.growth(model, tokens, most=2)[:, 0], frames[:, 0])
         if entity == "cell:4":
             assert torch.equal(frames[:, 0, :, :4, :4], whole[:, :, :4, :4]) and not frames[:, 0, :, 4:].any()
 
