@@ -250,10 +250,10 @@ def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
         return terms["loss"], total - terms["loss"]
 
     block = model.blocks[model.encoder_depth - 1]                           # the one below the projector
-    # not compiled: that would take minutes more, for another batch size
-    with torch.compiler.set_stance("force_eager"), autocast:
+    with torch.compiler.set_stance("force_eager"):                          # a batch of another size: not compiled
         targets = teacher_targets(teacher, pixels, pairs, autocast)
-        cosine = gradient_cosine(losses_at, block.parameters())
+        with autocast:
+            cosine = gradient_cosine(losses_at, block.parameters())
     return processes.mean(cosine).item()                                    # so that all processes decide alike
 
 

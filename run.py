@@ -288,7 +288,7 @@ def resume_point(cfg, may_change, modules, processes):
                  if name not in MAY_DIFFER]
         if saved is None:
             return [*words, "no checkpoint"]
-        words.append(f"a checkpoint of step {saved['steps']}, after {saved['seconds']} s")
+        words.append(f"a checkpoint of step {saved['steps']}, after {saved['seconds']:.6f} s")
         return words + [f"a checkpoint with {flag(k)} {v}" for k, v in saved["args"].items()]
 
     saved, path = processes.alike(find, describe, f"start all with the same flags, and let --out "

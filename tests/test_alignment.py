@@ -79,12 +79,16 @@ def test_nothing_of_size_n_by_n_is_stored():
     assert max(sizes) >= N * N                                              # the plain form does store them
 
 
-def test_bfloat16_gradient_is_within_three_percent():
-    q, k, q_t, k_t = inputs((2, 4, 64, 32), (2, 4, 64, 32))
-    exact = torch.autograd.grad(attention_alignment(q, k, q_t, k_t), (q, k))
-    half = [x.detach().bfloat16().requires_grad_(x.requires_grad) for x in (q, k, q_t, k_t)]
+@pytest.mark.parametrize("mean", [0, 3, 10, 30])
+def test_bfloat16_gradient_is_within_one_percent(mean):
+    """Also of keys that have a mean of so many deviations, as those of large networks do."""
+    q, k, q_t, k_t = inputs((2, 4, 256, 72), (2, 4, 256, 64))
+    offset = 2 * mean * torch.randn(2, 4, 1, 72, generator=torch.Generator().manual_seed(1))
+    half = [x.detach().bfloat16().requires_grad_(x.requires_grad) for x in (q, k + offset, q_t, k_t)]
+    whole = [x.detach().float().requires_grad_(x.requires_grad) for x in half]      # the same numbers
+    exact = torch.autograd.grad(plain_form(*whole), whole[:2])
     for a, b in zip(torch.autograd.grad(attention_alignment_grad(*half), half[:2]), exact):
-        assert distance(a, b) < 0.03
+        assert distance(a, b) < 0.01
 
 
 def test_aligned_student_has_no_gradient_and_pays_the_teachers_entropy():

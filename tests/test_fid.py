@@ -54,6 +54,30 @@ def test_inception_equals_the_published_networks(golden_inception):
     assert distance(g.fill(fid.Inception("pytorch"))(images)["pool"], g["pool_pytorch_resize"]) < 1e-5
 
 
+def test_batch_norms_are_folded_once_and_again_with_other_weights():
+    """The first call folds; another state dict or another dtype folds again. No key is added."""
+    def norms(seed):
+        return {"conv.weight": torch.randn(4, 3, 3, 3, generator=generator(seed)), "bn.num_batches_tracked": torch.tensor(0),
+                **{f"bn.{k}": torch.rand(4, generator=generator(seed + i)) + 0.5
+                   for i, k in enumerate(("weight", "bias", "running_mean", "running_var"))}}
+
+    def plain(sd, x):                                                       # convolution, then batch norm, unfolded
+        x = torch.nn.functional.conv2d(x, sd["conv.weight"])
+        x = torch.nn.functional.batch_norm(x, *(sd[f"bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")),
+                                           eps=1e-3)
+        return x.relu()
+    net, x = fid.Conv(3, 4, kernel_size=3).eval().requires_grad_(False), torch.randn(2, 3, 9, 9, generator=generator())
+    for seed in (0, 10):
+        assert net.load_state_dict(norms(seed)) and distance(net(x), plain(norms(seed), x)) < 1e-6
+        assert net.state_dict().keys() == norms(seed).keys()
+    kernel = net.folded[0]
+    net(x)
+    assert net.folded[0] is kernel
+    assert distance(net.double()(x.double()), plain(norms(10), x)) < 1e-6 and net.folded[0].dtype == torch.float64
+    whole = fid.Inception()
+    assert not any("folded" in key for key in whole.state_dict())
+
+
 def test_inception_takes_grey_bytes_and_knows_no_training_mode(golden_inception):
     g, images = golden_inception
     net = g.fill(fid.Inception())
@@ -596,6 +620,21 @@ def test_bad_source_ends_with_one_line(name, tmp_path):
     with pytest.raises(SystemExit, match=f"fid.py: .*(?:{BAD_SOURCES[name]})") as e:
         fid.main([str(tmp_path / "good.npz"), str(tmp_path / name), *PIXELS])
     assert "\n" not in str(e.value) and (name in str(e.value) or name in ("one.npz", "nan.npz", "shape.npz"))
+
+
+def test_a_card_of_its_own_for_every_process(monkeypatch):
+    """Under torchrun each takes its local rank's card, and --device cuda:N would put all on one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: taken.append(options["device_id"]))
+    assert fid.join_processes("cuda:1") == torch.device("cuda:1") and fid.join_processes("cuda").index == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    taken.clear()
+    assert fid.join_processes("cuda") == torch.device("cuda:1") and taken == [torch.device("cuda:1")] * 2
+    with pytest.raises(ValueError, match="--device cuda:0 is not here: use auto or cpu, cuda:1"):
+        fid.join_processes("cuda:0")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -57,6 +57,38 @@ def test_arrays_are_crops_and_their_moments(packed_folder):
             assert distance(torch.from_numpy(view)[None].float(), torch.cat([mean, std], 1)) < 1e-3         # float16
 
 
+def test_moments_are_made_in_full_float32(prepare, tmp_path, monkeypatch):
+    """Not in TF32, which has fewer digits than the float16 that is stored; also if a program before asked for it."""
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    seen, encode, before = [], vae.AutoencoderKL.encode, settings()
+    monkeypatch.setattr(vae.AutoencoderKL, "encode", lambda *args: seen.append(settings()) or encode(*args))
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        prepare(photographs(tmp_path / "photos", "a"))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert seen and set(seen) == {("highest", False)}
+
+
+def test_copies_have_the_same_fingerprint_and_other_sets_another(prepare, tmp_path):
+    """Processes compare it before they train."""
+    photos = photographs(tmp_path / "photos")
+    sets = [prepare(photos, out="a"), shutil.copytree(tmp_path / "a", tmp_path / "copy"),
+            prepare(photographs(tmp_path / "others", seed=1), out="b"), prepare(photos, "--limit", "9", out="c")]
+    found = [data.open_data(str(folder)).fingerprint() for folder in sets]
+    assert found[0] == found[1] and len(set(found)) == 3
+    labels = np.load(sets[1] / "labels.npy")
+    np.save(sets[1] / "labels.npy", labels[::-1])
+    assert data.open_data(str(sets[1])).fingerprint() != found[0]
+    digits = data.open_data("digits")
+    was = digits.fingerprint()
+    digits.train.images = digits.train.images.flip(0)
+    assert digits.fingerprint() != was == data.open_data("digits").fingerprint()
+
+
 def test_latents_are_draws_from_the_posterior(packed_folder):
     s = data.open_data(str(packed_folder))
     assert s.shape == (4, 8, 8) and s.size == 16 and len(s.train) == 12 and s.held is None

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,15 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY, TINY_XAR, photographs, rows_of, same_weights
 from PIL import Image
 from processes import (ENV, checkpoint, finish, free_port, kill, kill_all, start, steps_in,
                        torchrun, wait_for_step, wait_until, workers_of)
+
+import haste_train
+import run
+import sit
 
 pytestmark = pytest.mark.slow
 HASTE = ["haste_train.py", *TINY, "--eval-every", "0"]
@@ -158,8 +164,9 @@ def test_errors_of_many_processes_are_one_line(tmp_path, flags, message):
 def test_precision_and_compile(tmp_path, small_teacher, processes):
     """Ten steps across the end of guidance: bf16 and compiled runs stay within 2 % of fp32.
 
-    There is one recompilation, when the guidance ends. The learning rate is moderate: TINY's,
-    twenty times higher, amplifies any rounding until it shows in the loss.
+    Blocks are compiled twice, with taps and without, in the first step, and never again: nothing
+    recompiles when the guidance ends. The learning rate is moderate: TINY's, twenty times higher,
+    amplifies any rounding until it shows in the loss.
     """
     flags = ["--steps", "10", "--stop", "5", "--lr", "1e-3"]
     flags += ["--batch-size", 8 * processes]                                # two find what one has compiled
@@ -174,6 +181,133 @@ def test_precision_and_compile(tmp_path, small_teacher, processes):
         expected = processes if "--compile" in extra else 0
         assert len(re.findall("Recompiling function", text)) == expected, text
         assert all(w.dtype == torch.float32 for w in checkpoint(tmp_path / name)["model"].values())
+
+
+def test_automatic_stop_of_a_compiled_run_is_that_of_an_eager_one(tmp_path, small_teacher):
+    flags = ["--stop", "auto", "--stop-warmup", "1", "--stop-interval", "2", "--steps", "4", "--lr", "1e-3"]
+    for name, extra in (("eager", []), ("compiled", ["--compile"])):
+        train(1, *flags, *extra, out=tmp_path / name, teacher=small_teacher)
+    angles = [[r["grad_cosine"] for r in rows_of(tmp_path / name) if "grad_cosine" in r] for name in ("eager", "compiled")]
+    assert len(angles[0]) == 1 and angles[1] == pytest.approx(angles[0], abs=0.01)
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_blocks_compile_under_ddp_with_several_buckets(one_process_group, monkeypatch):
+    """Two graphs serve all blocks, DDP's buckets cut none of them, and their gradients are those of eager blocks."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    torch.manual_seed(0)
+    model = sit.SiT(8, 2, 4, 192, 5, 3, 10, z_dim=16, projector_dim=32, encoder_depth=4)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    x, y, t, eps = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.rand(2), torch.randn(2, 4, 8, 8)
+    pairs, cfg = [(1, 0), (3, 1)], haste_train.Config()
+    targets = torch.randn(2, 16, 16), [tuple(torch.randn(2, 2, 3, 16, 64)) for _ in pairs]
+
+    def gradients(net, targets):
+        model.zero_grad()
+        haste_train.losses(net, x, y, t, eps, targets, pairs, cfg)[0].backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    eager = gradients(model, targets), gradients(model, None)
+    run.compile_blocks(model.blocks)
+    net = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True)
+    sizes = []
+
+    def exchange(_, bucket):
+        sizes.append(bucket.buffer().numel())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+    net.register_comm_hook(None, exchange)
+    gradients(net, targets)                                                 # DDP forms its buckets in the first step
+    sizes.clear()
+    found = gradients(net, targets)
+    assert len(sizes) >= 5
+    assert len(graphs) == 2
+    model.projectors = None                                                 # the alignment ends
+    net = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True)
+    for a, b in ((found, eager[0]), (gradients(net, None), eager[1])):
+        assert len(a) == len(b) and all((p - q).norm() <= 1e-5 * q.norm() for p, q in zip(a, b))
+    assert len(graphs) == 2
+
+
+# ---- processes that differ
+
+BY_RANK = """
+import os, runpy, sys
+sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def differing(tmp_path, program, *flags, teacher=None):
+    """Run two processes that read RANK in the flags as their rank, and must fail; return what they print."""
+    script = tmp_path / "by_rank.py"
+    script.write_text(BY_RANK)
+    words = [*torchrun(2), script, *program, *flags]
+    if teacher:
+        words += ["--teacher-weights", teacher]
+    text = finish(start(words, tmp_path / "log.txt", {"PYTHONPATH": str(ROOT)}), code=1)
+    assert f'{program[0]}", line' not in text                               # no traceback of ours
+    return text
+
+
+def files_below(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", [HASTE, XAR], ids=["haste", "xar"])
+@pytest.mark.parametrize("case", ["none", "older", "other flags"])
+def test_processes_that_find_different_checkpoints_take_no_step(kind, case, tmp_path, small_teacher):
+    """The second process finds no checkpoint, an older one, or another run's. Nothing is written, and a line says who."""
+    teacher = small_teacher if kind is HASTE else None
+    train(1, "--steps", 4, out=tmp_path / "run 0", teacher=teacher, program=kind)
+    others = {"older": ["--steps", 2], "other flags": ["--steps", 4, "--lr", "0.001"]}
+    if case != "none":
+        train(1, *others[case], out=tmp_path / "run 1", teacher=teacher, program=kind)
+    before = files_below(tmp_path)
+    text = differing(tmp_path, kind, "--steps", 8, "--resume", "auto", "--out", tmp_path / "run RANK", teacher=teacher)
+    has = {"none": "no checkpoint", "older": "a checkpoint of step 2", "other flags": "a checkpoint of step 4"}[case]
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"{kind[0]}: rank 1 \(host {host}\) has {has}.*, but rank 0 \(host {host}\) has a checkpoint of "
+                     rf"step 4.*: .*--out .* on a disk that all machines see", text)
+    after = {path: content for path, content in files_below(tmp_path).items() if path in before}
+    assert after == before and not (tmp_path / "run 1" / "log.jsonl").exists() or case != "none"
+
+
+def test_processes_with_different_flags_or_data_take_no_step(tmp_path, small_teacher, packed_folder):
+    text = differing(tmp_path, HASTE, "--seed", "RANK", "--out", tmp_path / "run", teacher=small_teacher)
+    assert "has --seed 1, but rank 0" in text and not (tmp_path / "run").exists()
+    # two copies of packed data, at the place that each machine calls DATA, of which one is not like the other
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        shutil.copytree(packed_folder, tmp_path / rank / "set")
+    labels = np.load(tmp_path / "1" / "set" / "labels.npy")
+    np.save(tmp_path / "1" / "set" / "labels.npy", labels[::-1].copy())
+    script = tmp_path / "there.py"
+    script.write_text(f"import os, sys\nos.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\nimport haste_train\nhaste_train.main(sys.argv[1:])\n")
+    words = [*torchrun(2), script, *HASTE[1:], "--data", "set", "--out", tmp_path / "run", "--teacher-weights", small_teacher]
+    text = finish(start(words, tmp_path / "log.txt"), code=1)
+    assert re.search(r"rank 1 .* has --data set with the fingerprint \w+, but rank 0 .*: copy the data", text)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    # a copy that is not there at all
+    shutil.rmtree(tmp_path / "1" / "set")
+    text = finish(start(words, tmp_path / "log.txt"), code=1)
+    assert re.search(r"rank 1 .* has --data set is not a folder", text)
 
 
 def test_a_run_resumes_with_another_number_of_processes(tmp_path, small_teacher):

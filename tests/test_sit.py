@@ -53,6 +53,49 @@ def test_every_size_has_the_published_number_of_parameters(name, millions):
             assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tokens_lie_behind_one_another_in_every_block(bf16):
+    """A residual stream of another layout costs a copy in every norm, in both directions."""
+    model, seen = sit.SiT(8, 2, 4, 32, 3, 2, 5), []
+    for m in [*model.blocks, model.final_layer]:
+        m.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+    assert seen == [True] * 4
+
+
+def test_small_scales_exist_in_bfloat16():
+    """In bfloat16, 1 + 0.001 would be 1: the scale is added in float32, alone and within a model."""
+    x, shift = torch.randn(2, 5, 8), torch.zeros(2, 8).bfloat16()
+    scale = torch.full((2, 8), 1e-3).bfloat16()
+    assert distance(sit.modulate(x, shift, scale) - x, x * scale.float()[:, None]) < 1e-3
+    assert sit.modulate(x.bfloat16(), shift, scale).dtype == torch.bfloat16
+    assert sit.modulate(x.double(), shift.double(), scale.double()).dtype == torch.float64
+    block = sit.Block(32, 2, False)
+    with torch.no_grad():
+        block.adaLN_modulation[1].weight.zero_()
+        block.adaLN_modulation[1].bias.zero_().view(6, 32)[1] = 1e-3        # scale1
+    inner = []
+    block.attn.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+    x = torch.randn(2, 5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, torch.randn(2, 32))
+    assert distance((inner[0] - block.norm1(x)).detach(), 1e-3 * block.norm1(x)) < 0.01
+
+
+def test_velocity_leaves_bfloat16_before_the_last_layer():
+    """A sampler adds up 250 velocities: under autocast the last layer stays in the weights' float32."""
+    model = sit.SiT(8, 2, 4, 32, 2, 2, 5)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    inner = []
+    model.final_layer.register_forward_pre_hook(lambda module, args: inner.extend(args))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        v = model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(v, model.unpatchify(model.final_layer(*inner[:2])))
+    assert v.dtype == torch.float32 and not torch.equal(v, v.bfloat16().float())
+
+
 @pytest.mark.parametrize("size,patch,channels,classes,batch",
                          [(8, 2, 1, 3, 1), (12, 4, 3, 10, 2), (9, 1, 4, 1, 3), (16, 8, 16, 3, 1)])
 def test_odd_geometries(size, patch, channels, classes, batch):

@@ -1,4 +1,6 @@
 """The teacher is the official DINOv2, and the small one knows its digits."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from fill import fill_state_dict
 from PIL import Image
 
 import data
+import ddp
+import haste_train
 import teacher
 from tools import look
 
@@ -51,6 +55,27 @@ def test_preprocessing_is_the_official_one():
     assert teacher.preprocess(torch.zeros(2, 3, 512, 512, dtype=torch.uint8)).shape == (2, 3, 448, 448)
     # DINOv2 on CIFAR
     assert teacher.preprocess(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid=16).shape == (2, 3, 224, 224)
+
+
+def test_preprocessing_leaves_its_images_alone():
+    for images in (torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), torch.full((1, 3, 28, 28), 9.0)):
+        before = images.clone()
+        teacher.preprocess(images, 2)
+        assert torch.equal(images, before)
+
+
+def test_bfloat16_weights_are_what_autocast_makes_of_them(monkeypatch):
+    """With --precision bf16 the teacher's matrices are rounded once, not in every step: the same tokens, bit for bit."""
+    net, one = teacher.DINOv2(28, 14, 32, 2, 2), ddp.Processes("cpu")
+    monkeypatch.setattr(teacher, "load_dinov2", lambda *args: copy.deepcopy(net))
+    images = teacher.preprocess(torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8), 2)
+    half, whole = (haste_train.make_teacher(haste_train.Config(teacher="dinov2_vitb14", precision=p), None, 2, one)
+                   for p in ("bf16", "fp32"))
+    assert half.blocks[0].attn.qkv.weight.dtype == torch.bfloat16 and half.norm.weight.dtype == torch.float32
+    assert whole.blocks[0].attn.qkv.weight.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (a, taps_a), (b, taps_b) = half(images, (1,)), whole(images, (1,))
+    assert torch.equal(a, b) and all(torch.equal(x, y) for x, y in zip(taps_a[0], taps_b[0]))
 
 
 def test_every_published_size(tmp_path):

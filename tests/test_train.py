@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from PIL import Image
 import data
 import ddp
 import evaluate
+import fid
 import haste
 import haste_train
 import run
@@ -50,6 +52,7 @@ ELSEWHERE = {  # flags whose effect is no number of the run, and the test that s
     "compile": "test_compile_flag", "stop_interval": "test_automatic_stop", "stop_warmup": "test_automatic_stop",
     "stop_threshold": "test_automatic_stop", "latent_channels": "test_packed_flags", "vae": "test_packed_flags",
     "init": "test_init_starts_from_other_weights", "track": "test_track_sends_the_log_elsewhere",
+    "eval_features": "test_inception_scores_samples", "eval_weights": "test_inception_scores_samples",
 }
 
 
@@ -136,14 +139,24 @@ def test_checkpoints_are_written_when_asked(tiny_run, monkeypatch):
 
 def test_compile_flag(tiny_run, monkeypatch):
     compiled = []
-    monkeypatch.setattr(sit.SiT, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
     tiny_run("--compile")
-    assert len(compiled) == 1
+    assert compiled == [sit.Block] * 4 + [teacher.Block] * 4                # each of both networks' blocks, nothing else
     tiny_run("--no-compile")
-    assert len(compiled) == 1
     tiny_run("--no-compile", "--resume", "auto", "--steps", "5")
-    tiny_run("--compile", "--resume", "auto", "--steps", "6")               # it may come and go
-    assert len(compiled) == 2
+    assert len(compiled) == 8
+    tiny_run("--compile", "--resume", "auto", "--steps", "6")               # it may come and go; the teacher is gone
+    assert len(compiled) == 12
+
+
+def test_presets_for_gpus_compile_there_and_on_a_cpu_only_if_asked():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for name, preset in haste_train.PRESETS.items():
+        cfg = haste_train.Config(**preset)
+        assert run.compiling(cfg, cuda) == (name != "digits") and not run.compiling(cfg, cpu)
+    for asked in (True, False):
+        cfg = haste_train.Config(compile=asked)
+        assert run.compiling(cfg, cuda) == run.compiling(cfg, cpu) == asked
 
 
 def test_teacher_flags(tiny_run, tmp_path, small_teacher, monkeypatch, base_run):
@@ -269,6 +282,12 @@ def test_automatic_stop(tiny_run, monkeypatch):
         assert tiny_run(*flags, "--steps", "14", *change)[1]["tau"] == tau
 
 
+def test_the_angle_leaves_autocast_as_it_was(tiny_run):
+    flags = ["--stop", "auto", "--steps", "3", "--stop-warmup", "1", "--stop-interval", "1", "--eval-every", "0"]
+    rows, _ = tiny_run(*flags, "--precision", "bf16")
+    assert len([r for r in rows if "grad_cosine" in r]) == 2 and not torch.is_autocast_enabled("cpu")
+
+
 def test_gradient_cosine_is_the_angle_of_the_two_gradients():
     torch.manual_seed(0)
     model = sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=6, projector_dim=8, encoder_depth=2)
@@ -367,6 +386,55 @@ def test_a_restarted_worker_goes_on_even_with_resume_never(tiny_run, tmp_path, m
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     tiny_run("--steps", "4", "--resume", "never")
     assert "resuming from step 2" in capsys.readouterr().out
+
+
+def test_a_named_checkpoint_counts_until_this_run_has_saved(tiny_run, tmp_path, monkeypatch, capsys):
+    """--resume FILE into a folder with an older run: that run's checkpoint is neither resumed from nor named."""
+    tiny_run("--steps", "1", out="other")
+    tiny_run("--steps", "3")                                                # the older run
+    flags = ["--resume", str(tmp_path / "other" / "ckpt.pt")]
+    losses, bad = haste_train.losses, lambda *a, **kw: [x * math.nan for x in losses(*a, **kw)[:1]] + [losses(*a, **kw)[1]]
+    with monkeypatch.context() as patched:
+        patched.setattr(haste_train, "losses", bad)
+        with pytest.raises(SystemExit, match="not finite in step 2; the last good checkpoint is .*other/ckpt.pt"):
+            tiny_run("--steps", "6", *flags)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")                   # a worker died before the first save
+    capsys.readouterr()
+    tiny_run("--steps", "6", *flags)
+    assert "resuming from step 1 of" in capsys.readouterr().out
+    tiny_run("--steps", "7", *flags)                                        # and now after it
+    assert "resuming from step 6 of" in capsys.readouterr().out
+
+
+def test_out_of_memory_ends_with_one_line(tiny_run, monkeypatch):
+    def full(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    monkeypatch.setattr(haste_train, "losses", full)
+    for flags, message in (([], r"give --accumulate 2 \(was 1\), .* keeps its result"),
+                           (["--batch-size", "12", "--accumulate", "4"], r"--accumulate 6 \(was 4\)"),
+                           (["--batch-size", "4", "--accumulate", "4"], "one image already: use more processes")):
+        with pytest.raises(SystemExit, match=f"memory of the GPU does not suffice: .*{message}") as e:
+            tiny_run(*flags)
+        assert "\n" not in str(e.value)
+
+
+def test_devices(monkeypatch):
+    """What --device means for a process, with a machine of two cards pretended, and a Mac."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ddp.choose_device("auto", 1, 2) == ddp.choose_device("cuda", 1, 2) == torch.device("cuda", 1)
+    assert ddp.choose_device("cuda:1", 0) == torch.device("cuda", 1) and ddp.choose_device("cpu", 1, 2).type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for words, message in ((("cuda:1", 0, 2), "--device cuda:1 would put all 2 processes on one card"),
+                           (("cuda:2", 0), "this machine has 2 CUDA"), (("mps", 0, 2), "mps is for one process"),
+                           (("mps", 0), "PYTORCH_ENABLE_MPS_FALLBACK=1"), (("tpu", 0), "tpu is not a device")):
+        with pytest.raises(ValueError, match=message):
+            ddp.choose_device(*words)
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    assert ddp.choose_device("mps", 0).type == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no Apple GPU"):
+        ddp.choose_device("mps", 0)
 
 
 def test_restarted_processes_agree_on_their_start():
@@ -598,10 +666,31 @@ def test_order_is_a_function_of_seed_and_step_alone():
     assert all(sorted(rows[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))      # epochs without a gap
     assert not np.array_equal(rows[:10], rows[10:20]) and np.array_equal(rows[8:12], data.global_rows(10, 3, 2, 4))
     assert sorted(data.global_rows(3, 0, 0, 7)[:6]) == [0, 0, 1, 1, 2, 2]                # a batch larger than the set
+    for length, step, size in ((10, 7, 4), (3, 2, 7), (5, 1, 5), (1000, 3, 64)):         # one number at a time
+        at = range(step * size, (step + 1) * size)
+        expected = [np.random.default_rng([3, i // length]).permutation(length)[i % length] for i in at]
+        assert data.global_rows(length, 3, step, size).tolist() == expected
     digits = data.open_data("digits").train
     whole, parts = (data.batches(digits, 0, 5, 8, m) for m in (slice(None), slice(4, 8)))
     next(whole), next(parts)
     assert torch.equal(next(whole)[0][4:8], next(parts)[0])
+
+
+def test_numbers_are_those_of_the_step_and_drawn_ahead():
+    """They come with the batch, of the rows asked for, and are drawn on the CPU in another thread."""
+    cfg = haste_train.Config(batch_size=6)
+    threads = []
+
+    def draw(step):
+        threads.append(threading.current_thread())
+        return haste_train.random_numbers(cfg, step, (6, 1, 8, 8), packed=True)
+    feed = data.batches(data.open_data("digits").train, 0, 5, 6, slice(2, 4), draw=draw)
+    for step in (5, 6):
+        _, _, _, numbers = next(feed)
+        expected = haste_train.random_numbers(cfg, step, (6, 1, 8, 8), packed=True)
+        assert len(numbers) == 5
+        assert all(torch.equal(a, b[2:4]) and b.device.type == "cpu" for a, b in zip(numbers, expected))
+    assert threading.current_thread() not in threads
 
 
 def test_center_crop_is_the_official_one():
@@ -657,6 +746,34 @@ def test_scores_of_real_and_of_memorised_digits():
     assert copies["nearest"] < 1e-6 and copies["nearest_held"] > 0.9          # memorising shows
     noise = torch.randint(0, 256, (200, 1, 8, 8)).byte()
     assert evaluate.scores(noise, sets, 10)["fd"] > 2
+
+
+class FewFeatures(torch.nn.Module):
+    """What evaluate.py needs of fid.Inception, at a millionth of the price."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(1, 1)
+
+    def forward(self, images):
+        return {"pool": images.float()[:, 0, ::3, 2].sin()}
+
+
+def test_inception_scores_samples(tiny_run, monkeypatch):
+    """--eval-features inception adds FID to the scores and changes no other number; its file may be named."""
+    plain, asked, drawn = tiny_run(), [], []
+    monkeypatch.setattr(fid, "load_inception", lambda weights: asked.append(weights) or FewFeatures())
+    monkeypatch.setattr(evaluate, "sample_sheet", lambda samples, *args: drawn.append(samples))
+    rows, saved = tiny_run("--eval-features", "inception", "--eval-weights", "inception.pt")
+    assert asked == ["inception.pt"] and same_weights(saved, plain[1])
+    assert [{k: v for k, v in r.items() if k != "fid"} for r in rows] == plain[0]
+    train = data.open_data("digits").train.images
+    for row, samples in zip([r for r in rows if "fd" in r], drawn, strict=True):
+        fake, real = (FewFeatures()(images)["pool"].double() for images in (samples, train))
+        assert row["fid"] == pytest.approx(evaluate.frechet(fake, real), rel=1e-9) and row["fid"] > 0
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="--eval-features inception, --eval-weights nowhere.pt: "):
+        tiny_run("--eval-features", "inception", "--eval-weights", "nowhere.pt")
 
 
 def test_sample_sheet_has_rows_of_classes_or_all_there_is(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from conftest import Golden, distance
 from fill import fill_state_dict
 
+import evaluate
 import xar
 
 ENTITIES = ("patch", "cell:2", "cell:4", "subsample:2", "scale", "image")
@@ -222,18 +223,57 @@ def test_cached_sampling_is_the_full_forward(entity, cfg_scale):
     assert torch.equal(model.to_latent(tokens), model.sample(y, S, cfg_scale, recorded()[0]))
 
 
-def test_flex_attention_sees_the_same():
-    """The mask of FlexAttention, block by block or within, is `visible`; on CUDA tests/test_gpu.py runs the kernel."""
-    for entity, copies in (("cell:4", 1), ("scale", 2), ("patch", 1)):
-        model = small(entity, grid=16)
-        L = len(model.entity_of)
-        mask = xar.flex_mask(entity, 16, len(model.sizes), copies * L, "cpu")
-        i = torch.arange(copies * L)
-        q, k = torch.broadcast_tensors(i[:, None], i)
-        seen = mask.mask_mod(0, 0, q, k)
-        assert torch.equal(seen, xar.visible(model.entity_of, q, k))
-        blocks = mask.to_dense()[0, 0].bool()
-        assert not (seen & ~blocks[q // 128, k // 128]).any()               # no block is skipped that holds something
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_dense_calls_are_the_mask(entity, monkeypatch):
+    """An attention call for each entity, with the keys up to its end, has the values and gradients of one with a mask."""
+    model, y = small(entity), torch.arange(3)
+    x, eps, t = torch.randn(3, 1, 8, 8), torch.randn(3, sum(model.sizes), 1), torch.rand(3, len(model.sizes))
+    masks, real = [], xar.attention
+    monkeypatch.setattr(xar, "attention", lambda *args: masks.append(args[4]) or real(*args))
+    grads = []
+    for few in (0, 10 ** 9):
+        monkeypatch.setattr(xar, "FEW", few)
+        monkeypatch.setattr(xar, "LONG", 0)
+        grads.append(torch.autograd.grad(model.loss(x, y, t, eps), list(model.parameters())))
+    with_mask, dense = masks[:len(masks) // 2], masks[len(masks) // 2:]
+    assert all(mask is None for mask in dense) and (entity == "image" or all(mask is not None for mask in with_mask))
+    assert all(distance(a, b) < 1e-4 for a, b in zip(*grads) if b.norm() > 1e-6)
+
+
+def test_presets_need_no_mask():
+    """Their few long entities take the fast way; single tokens do not."""
+    for entity, grid, dense in (("cell:8", 16, True), ("cell:8", 32, True), ("scale", 16, True), ("image", 8, True),
+                                ("patch", 16, False), ("cell:2", 8, False)):
+        model, masks = small(entity, grid=grid), []
+        model.encoder_blocks[0].attn.register_forward_pre_hook(lambda module, args: masks.append(args[3]))
+        with torch.no_grad():
+            model(torch.zeros(1, sum(model.sizes), 1), torch.zeros(1, len(model.sizes)))
+        assert (masks[0] is None) == dense, entity
+
+
+def test_small_scales_exist_in_bfloat16():
+    block = xar.Block(32, 2, 0.0, 0.0)
+    with torch.no_grad():
+        block.ada_lin[1].weight.zero_()
+        block.ada_lin[1].bias.zero_().view(6, 32)[2] = 1e-3                 # scale1
+    inner, x = [], torch.randn(2, 1, 5, 32)
+    block.attn.register_forward_pre_hook(lambda module, args: inner.append(args[0]))
+    rope = torch.ones(5, 8), torch.zeros(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, torch.randn(2, 1, 32), [5], rope, None, None)
+    assert distance((inner[0] - block.norm(x)).detach(), 1e-3 * block.norm(x)) < 0.01
+
+
+def test_cache_is_one_piece_of_memory(monkeypatch):
+    """Keys and values are written into it, never joined: as many bytes as all tokens need, in autocast's dtype."""
+    model, made = small("cell:4"), []
+    real = model._memory
+    monkeypatch.setattr(model, "_memory", lambda B: made.append(real(B)) or made[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        v = model.sample(torch.arange(3), 2, 2.0)
+    blocks, H, L = len(model.encoder_blocks) + len(model.decoder_blocks), model.encoder_blocks[0].attn.num_heads, 64
+    assert [m.shape for m in made] == [(blocks, 2, 6, H, L, model.pred.in_features // H)]
+    assert made[0].dtype == torch.bfloat16 and v.dtype == torch.float32
 
 
 # ---- loss

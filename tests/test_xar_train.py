@@ -12,10 +12,12 @@ from conftest import ROOT, TINY_XAR, rows_of, same_weights
 from PIL import Image
 
 import data
+import fid
 import run
 import test_packed
 import xar
 import xar_train
+from test_train import FewFeatures
 
 OLD = ROOT / "tests" / "old"
 ALTERNATIVES = {
@@ -36,7 +38,8 @@ ELSEWHERE = {  # flags whose effect is no number of the run, and the test that s
     "out": "test_run_leaves_its_files", "resume": "test_stopped_run_goes_on_bit_for_bit",
     "save_every": "test_checkpoints_are_written_when_asked", "latent_channels": "test_xar_trains_on_packed_latents",
     "vae": "test_xar_decodes_with_the_named_file", "init": "test_init_starts_from_other_weights",
-    "track": "test_track_makes_no_other_run",
+    "track": "test_track_makes_no_other_run", "eval_features": "test_inception_scores_samples",
+    "eval_weights": "test_inception_scores_samples",
 }
 
 
@@ -73,10 +76,30 @@ def test_model_flag(tiny_xar, monkeypatch):
 
 def test_compile_flag(tiny_xar, monkeypatch):
     compiled = []
-    monkeypatch.setattr(xar.XAR, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
     tiny_xar("--compile")
     tiny_xar("--no-compile")
-    assert len(compiled) == 1
+    assert compiled == [xar.Block] * 2
+    for name, preset in xar_train.PRESETS.items():                          # presets for GPUs compile there
+        cfg = xar_train.Config(**preset)
+        assert run.compiling(cfg, torch.device("cuda")) == (name != "digits")
+
+
+def test_inception_scores_samples(tiny_xar, base_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fid, "load_inception", lambda weights: asked.append(weights) or FewFeatures())
+    rows, _ = tiny_xar("--eval-features", "inception", "--eval-weights", "inception.pt")
+    assert asked == ["inception.pt"] and all(r["fid"] > 0 for r in rows if "fd" in r)
+    assert [{k: v for k, v in r.items() if k != "fid"} for r in rows] == base_run[0]
+
+
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(tiny_xar, capsys):
+    """Warm-up and decay are shares of --steps: with more steps the rate rises again, and a line says so."""
+    tiny_xar("--steps", "4", "--decay", "0.25")
+    assert "note: --steps was" not in capsys.readouterr().out
+    rows, _ = tiny_xar("--steps", "8", "--decay", "0.25", "--resume", "auto")
+    assert rows[3]["lr"] < rows[4]["lr"] == 0.02
+    assert "note: --steps was 4; " in (text := capsys.readouterr().out) and "continues at 0.02" in text
 
 
 def test_data_root_flag(tiny_xar, monkeypatch):
