@@ -470,12 +470,13 @@ def global_rows(length, seed, step, batch_size):
 
 def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
             wanted=lambda step: True, draw=lambda step: ()):
-    """Yield (images, moments, labels, numbers) on `device`: rows `mine` of global batches start, ...
+    """Yield (images, moments, labels, numbers) on `device`, for one batch after another, endlessly.
 
-    Endless. Only packed sets have moments, else they are None. The images of packed sets are None
-    in steps for which `wanted(step)` is false: nobody looks at them. `draw(step)` returns CPU
-    tensors [B,...] for the global batch, a step's random numbers; `numbers` are their rows `mine`.
-    All is read and drawn one step ahead, in a thread.
+    They are the rows `mine` of the global batches `start`, start + 1, ... Only packed sets have
+    moments, else they are None. The images of packed sets are None in steps for which
+    `wanted(step)` is false: nobody looks at them. `draw(step)` returns CPU tensors [B,...] for the
+    global batch, a step's random numbers; `numbers` are their rows `mine`. All is read and drawn
+    one step ahead, in a thread.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"

@@ -32,7 +32,8 @@ def load_inception(cfg, device):
     try:
         return fid.load_inception(cfg.eval_weights).to(device)
     except (ValueError, OSError) as e:
-        raise type(e)(f"--eval-features inception, --eval-weights {cfg.eval_weights}: {e}") from None
+        flags = f"--eval-features inception, --eval-weights {cfg.eval_weights}"
+        raise type(e)(f"{flags}: {e}") from None
 
 
 def inception_gaussian(inception, batches):
@@ -136,9 +137,9 @@ def sample_sheet(samples, num_classes, path, columns=10):
 
 
 def growth(model, tokens, most=16):
-    """Return xAR's tokens [B,L,C] as latents [B,frames,C,h,w]: after the first entity, the second, ...
+    """Return xAR's tokens [B,L,C] as latents [B,frames,C,h,w], frame after frame an entity more.
 
-    At most `most` frames, evenly spread; the last is always there.
+    There are at most `most` frames, evenly spread; the last is always there.
     """
     shown = np.linspace(len(model.sizes) - 1, 0, most).round().astype(int)
     ends = np.cumsum(model.sizes)[np.unique(shown)]

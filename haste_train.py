@@ -125,7 +125,8 @@ PRESETS = {
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",
                     steps=50_000, batch_size=256, lr=3e-4, warmup=1000, ema=0.9995, compile=None,
-                    log_every=100, save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=50),
+                    log_every=100, save_every=5000, eval_every=5000, eval_samples=2000,
+                    eval_steps=50),
     "imagenet256-b": dict(IMAGENET, model="SiT-B/2", stop="100000", steps=400_000),
     "imagenet256-l": dict(IMAGENET, model="SiT-L/2", stop="250000", steps=400_000),
     "imagenet256-xl": dict(IMAGENET, model="SiT-XL/2", stop="250000", steps=500_000),       # 100 epochs: FID 5.3

@@ -148,7 +148,7 @@ def one_line_out_of_memory(program, remedy):
 
 
 def memory_remedy(cfg, world):
-    """Return what a training program says then: the next larger --accumulate that fits the batch."""
+    """Return what a training program says then: the next --accumulate that divides the batch."""
     per_process = cfg.batch_size // world
     for more in range(cfg.accumulate + 1, per_process + 1):
         if per_process % more == 0:

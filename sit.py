@@ -318,7 +318,7 @@ def flow_loss(model, x, y, t=None, eps=None, path="linear", label_drop=0.0):
 
 def _as_state(x):
     """Return x in float64, or in float32 on Apple's GPUs, which have nothing wider."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def _guided(velocity, y, dtype, cfg_scale, null_label):

@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, sizes, rope, mask, cache):
-        """Return the output for x [B,groups,m,D]; `cache` is None or (memory [2,B,H,L,d], begin)."""
+        """Return the output for x [B,groups,m,D]; cache: (memory [2,B,H,L,d], begin), or None."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
@@ -497,7 +497,7 @@ class XAR(nn.Module):
 
 def _as_state(x):
     """Return x in float64, or in float32 on Apple's GPUs, which have nothing wider."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def reverse_sde(velocity, x, num_steps, randn, start=1.0):
