@@ -20,6 +20,7 @@ Letters: B batch (b of one process), C channels, h w height and width, N tokens,
 """
 import copy
 import dataclasses
+import gc
 import math
 import re
 import sys
@@ -523,6 +524,7 @@ def train(cfg, processes, stop):
         if model.projectors is not None and step >= tau:                    # also on a resume from exactly tau
             teacher = targets = total = terms = net = None                  # the last references: their memory is free
             kept = drop_projector(model, ema, opt)
+            gc.collect()                                                    # a compiled module refers to itself
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             net = processes.wrap(model)

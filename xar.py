@@ -41,8 +41,8 @@ XAR_CONFIGS = {"xAR-Ti": dict(dim=64, encoder_depth=3, decoder_depth=3, num_head
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS = 1e-6  # of all norms
 LAST_STEP = 0.04  # the sampler's last noisy time, SiT's
-FEW = 16  # at most so many entities, with so many tokens each or more on average:
-LONG = 32  # then a call of attention for each is faster than one call with a mask
+FEW = 16  # at most so many entities, with so many tokens each on average:
+LONG = 32  # then a call of attention for each is faster than one with a mask
 
 
 # ---- entities: lists of (g, raster indices into the g x g grid); all else derives from them
@@ -100,6 +100,10 @@ def visible(entity_of, q, k):
     first_sees = (k < L) & (e_k <= e_q)
     second_sees = torch.where(k < L, e_k < e_q, e_k == e_q)
     return torch.where(q < L, first_sees, second_sees)
+
+
+def needs_mask(M, N):
+    return M > 1 and (M > FEW or N < LONG * M)
 
 
 def attention(q, k, v, sizes, mask, dropout):
@@ -346,8 +350,7 @@ class XAR(nn.Module):
             sizes = 2 * sizes
             rows = rows.repeat(2)
         mask = None
-        dense = M == 1 or M <= FEW and N >= LONG * M
-        if clean is not None or not dense:
+        if clean is not None or needs_mask(M, N):
             i = torch.arange(len(rows), device=rows.device)
             mask = visible(self.entity_of[:N], i[:, None], i)  # [N,N], with `clean` [2N,2N]
         return self.network(tokens, t, y, sizes, rows, mask)[:, -N:]

@@ -284,8 +284,8 @@ def train(cfg, processes, stop):
     del saved
     if run.compiling(cfg, device):
         run.compile_blocks([*model.encoder_blocks, *model.decoder_blocks])
-    if device.type == "cuda" and (cfg.context == "clean" or len(model.sizes) > xar.FEW):
-        # With a mask, cuDNN's attention may have gradients that are not finite (pytorch#196678).
+    if cfg.context == "clean" or xar.needs_mask(len(model.sizes), sum(model.sizes)):
+        # with a mask, cuDNN's attention may have gradients that are not finite (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
     net = processes.wrap(model)                                             # what the loss calls
 
