@@ -90,7 +90,8 @@ def attention_alignment(q_s, k_s, q_t, k_t):
     averaged over batch, heads and queries. Training needs the gradient only and calls
     `attention_alignment_grad`, which costs less.
     """
-    with torch.autocast(q_s.device.type, enabled=False):
+    kind = "cpu" if q_s.is_meta else q_s.device.type                        # meta has no autocast
+    with torch.autocast(kind, enabled=False):
         qk = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_s, k_s, q_t, k_t)]
         surrogate = attention_alignment_grad(*qk)
         return surrogate + (_attention_value(*qk) - surrogate).detach()

@@ -252,7 +252,8 @@ class SiT(nn.Module):
             h, qk[i] = block(h, c, tap=i in tapped)
             if with_taps and self.projectors is not None and i == self.encoder_depth - 1:
                 z = self.projectors[0](h)                                   # [B,N,z_dim]
-        with torch.autocast(h.device.type, enabled=False):                  # a sampler adds up what is rounded here
+        kind = "cpu" if h.is_meta else h.device.type                        # meta has no autocast
+        with torch.autocast(kind, enabled=False):                           # a sampler adds up what is rounded here
             v = self.unpatchify(self.final_layer(h, c))                     # [B,C,h,w]
 
         if not with_taps:

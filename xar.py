@@ -377,7 +377,8 @@ class XAR(nn.Module):
             if memory is not None:
                 cache = memory[i], begin
             x = block(x, c, sizes, rope, mask, cache)
-        with torch.autocast(x.device.type, enabled=False):  # a sampler adds up what is rounded here
+        kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast
+        with torch.autocast(kind, enabled=False):  # a sampler adds up what is rounded here
             return self.pred(self.decoder_norm(x)).flatten(1, 2)
 
     # -- loss

@@ -1,7 +1,7 @@
 """On a CUDA device: `python -m pytest -m gpu`. Golden files, runs that are the CPU's, memory, no synchronisation.
 
-TF32 is off, except inside programs, which turn it on for themselves; where a program is compared with itself on the CPU,
-`float32` keeps it off there too. What a test sets is put back.
+TF32 is off, except inside programs, which turn it on for themselves; where a program is compared with itself on the
+CPU, `float32` keeps it off there too. What a test sets is put back.
 """
 import os
 import signal
@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import Golden, distance, rows_of
+from conftest import Golden, distance
 from test_alignment import plain_form
 from test_sit import haste_golden
 from test_xar import official, recorded, small
@@ -27,17 +27,20 @@ import vae
 import xar
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-FP32, BF16 = 0.02, 0.1                                                      # how far losses on CUDA may be from the CPU's
+FP32, BF16 = 0.02, 0.1                                                      # largest distance of losses from the CPU's
 
 
 @pytest.fixture(autouse=True)
-def no_tf32():
+def settings():
+    """Full float32, and the same random numbers in each test."""
+    torch.manual_seed(0)
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
               torch.backends.cuda.cudnn_sdp_enabled())
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.cuda.set_sync_debug_mode("default")
+    torch._dynamo.reset()                                                   # it counts the recompilations of all tests
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
     torch.backends.cuda.enable_cudnn_sdp(before[2])
@@ -197,10 +200,11 @@ def numbers(monkeypatch):
 @pytest.mark.parametrize("precision,bound", [("fp32", FP32), ("bf16", BF16)])
 @pytest.mark.parametrize("program,flags", [
     ("haste", ["--stop", "6"]), ("haste", ["--stop", "6", "--time", "lognormal", "--data", "packed", "--mirror"]),
-    ("xar", []), ("xar", ["--entity", "image"]), ("xar", ["--context", "clean"]), ("xar", ["--data", "packed", "--mirror"]),
+    ("xar", []), ("xar", ["--entity", "image"]), ("xar", ["--context", "clean"]),
+    ("xar", ["--data", "packed", "--mirror"]),
 ])
 def test_a_run_is_the_cpus(program, flags, precision, bound, train, numbers, float32):
-    """The same random numbers, bit for bit, and every loss within 2 %, from which a network that does not learn is far."""
+    """The same random numbers, bit for bit, and losses within 2 %, from which a network that does not learn is far."""
     if program == "xar":
         flags = [*flags, "--lr", "0.005"]                                   # at 0.02 rounding errors grow
     flags = [*flags, "--steps", "10"]
@@ -235,7 +239,9 @@ def test_evaluation_is_the_cpus(program, train, float32, tmp_path):
 @pytest.mark.parametrize("program", ["haste", "xar"])
 def test_stopped_run_goes_on(program, train, float32, monkeypatch, tmp_path):
     """On CUDA up to the rounding of its kernels; the CPU then goes on from its checkpoint, as CUDA itself does."""
-    flags = ["--resume", "auto", "--precision", "fp32", "--steps", "6", *(["--stop", "5"] if program == "haste" else [])]
+    flags = ["--resume", "auto", "--precision", "fp32", "--steps", "6"]
+    if program == "haste":
+        flags += ["--stop", "5"]
     straight = train(program, *flags, "--device", "cuda", out="straight")
     real = data.batches
 
@@ -311,7 +317,6 @@ def taps_of_the_networks(offset):
 
     The student's keys have a mean of about `offset` deviations.
     """
-    torch.manual_seed(0)
     student = sit.SiT(32, 2, 4, 1152, 1, 16, 10).cuda()
     guide = teacher.DINOv2(img_size=224, embed_dim=768, depth=1, num_heads=12).eval().cuda()
     x, images = torch.randn(2, 4, 32, 32), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -362,11 +367,10 @@ def test_alignment_stores_no_map():
 
 def test_a_guided_step_needs_far_less_memory_than_the_plain_form(monkeypatch):
     """1,024 tokens, three pairs of blocks: at most 0.6 of a step that stores the maps."""
-    torch.manual_seed(0)
-    model = sit.SiT(64, 2, 4, 256, 4, 4, 10, z_dim=64, projector_dim=64, encoder_depth=3).cuda()
+    model = sit.SiT(64, 2, 4, 128, 3, 8, 10, z_dim=64, projector_dim=64, encoder_depth=3).cuda()
     x, eps = torch.randn(2, 8, 4, 64, 64, device="cuda")
     t, y = torch.rand(8, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
-    taps = [tuple(torch.randn(2, 8, 4, 1024, 64, device="cuda", dtype=torch.bfloat16)) for _ in range(3)]
+    taps = [tuple(torch.randn(2, 8, 8, 1024, 16, device="cuda", dtype=torch.bfloat16)) for _ in range(3)]
     targets = torch.randn(8, 1024, 64, device="cuda"), taps
 
     def step():
@@ -408,14 +412,14 @@ def test_teacher_and_projector_leave_the_memory(flags, train, monkeypatch, tmp_p
     train("haste", "--device", "cuda", "--teacher-weights", str(tmp_path / "teacher.pt"), "--projector-dim", "2048",
           "--steps", "6", "--stop", "3", "--log-every", "100", *flags)
     assert len(allocated) == 6 and sizes["teacher"] > 5e7 and sizes["projector"] > 5e7
-    freed = [allocated[2] - later for later in allocated[3:]]               # the first step without them, and the others
-    assert min(freed) > sizes["teacher"] + sizes["projector"] - 2 ** 20     # but for a MB of the allocator's rounding
+    freed = [allocated[2] - later for later in allocated[3:]]               # in the first step without them, and later
+    assert min(freed) > sizes["teacher"] + sizes["projector"] - 2 ** 22     # of more than 100 MB, 4 MB may come and go
 
 
 # ---- the other programs
 
 def test_packed_moments_are_the_cpus(packed_folder, tmp_path):
-    """They are float16, and with TF32 they would be three times as far from the CPU's as this bound."""
+    """They are float16; with TF32, 4e-4 of them would be wrong."""
     photos, weights = packed_folder.parent / "photos", packed_folder.parent / "vae.pt"
     prepare.main([str(photos), str(tmp_path / "set"), "--size", "16", "--mirror", "--vae", str(weights),
                   "--device", "cuda"])
@@ -450,11 +454,3 @@ def test_samples_are_the_cpus(program, flags, train, float32, tmp_path):
     assert other > 5                                                        # of 255: other noise, other images
     assert abs(images("cuda", "fp32") - expected).mean() < 0.01 * other
     assert abs(images("cuda", "bf16") - expected).mean() < 0.2 * other
-
-
-def test_rows_of_a_log_are_numbers(train, tmp_path):
-    """Nothing of the device is left in what is written."""
-    rows = train("xar", "--device", "cuda")
-    assert rows == rows_of(tmp_path / "run") and all(isinstance(v, (int, float)) for r in rows for v in r.values())
-    saved = torch.load(tmp_path / "run" / "ckpt.pt", map_location="cpu", weights_only=True)
-    assert saved["steps"] == 4 and all(w.isfinite().all() for w in saved["ema"].values())

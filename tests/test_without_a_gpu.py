@@ -1,7 +1,7 @@
 """Every line for CUDA runs without one: fake tensors have a device, and one left on the CPU raises; backward on `meta`."""
 import os
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -423,13 +423,8 @@ BACKWARDS = {
 }
 
 
-@pytest.fixture
-def no_autocast(monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())           # meta has none
-
-
 @pytest.mark.parametrize("name", slow_unless(["SiT", "HASTE", "xAR cell:8 random", "xAR scale clean"], BACKWARDS))
-def test_every_parameter_gets_a_gradient_of_its_shape(name, no_autocast):
+def test_every_parameter_gets_a_gradient_of_its_shape(name):
     make, loss = BACKWARDS[name]
     net = meta(make)
     loss(net).backward()
@@ -438,7 +433,7 @@ def test_every_parameter_gets_a_gradient_of_its_shape(name, no_autocast):
     assert without == (set() if name != "SiT" else {n for n in trained if n.startswith("projectors.")})
 
 
-def test_angle_between_gradients(no_autocast):
+def test_angle_between_gradients():
     net = meta(student)
 
     def losses_at(t):
