@@ -1,17 +1,21 @@
 """Compare speed and memory with straightforward versions of the same, on this machine, in one run.
 
-    python -m tools.bench sample      xAR's cached sampling, against recomputing and against SiT;
+    python -m tools.bench train       HASTE's training step, before and after its end, against the
+                                      straightforward one and a plain SiT; --model xAR-B: xAR's
+    python -m tools.bench growth      the attention alignment alone, from 256 to 4,096 tokens
+    python -m tools.bench memory      what each preset needs on a GPU, counted without one
+    python -m tools.bench sample      xAR's cached sampling, against straightforward ones and SiT;
                                       a small width by default, minutes on two CPU cores
-    python -m tools.bench sample --device cuda --model xAR-B --batch-size 64    published widths
     python -m tools.bench fid         fid.py against pytorch-fid and torch-fidelity (pip install
                                       them) and scipy's matrix root
     python -m tools.bench loader      packed data in sampler order, against mapped arrays; memory
                                       over an epoch
-    python -m tools.bench train --device cuda --preset imagenet256-xl
-                                      training from packed data, before and after tau
+    python -m tools.bench program     haste_train.py itself on packed random data: speed before and
+                                      after tau, waiting for data, checkpoints
 
 Each sub-command lists its flags with --help. Contenders take turns, every figure is a median, and
-ratios are taken within one run: never compare figures of two runs.
+ratios are taken within one run: never compare figures of two runs. docs/speed.md has results.
+tools/straightforward.py has the versions that ours are compared with.
 """
 import os
 import resource
@@ -35,29 +39,11 @@ import run
 import sit
 import teacher
 import xar
+from tools import measure, memory, straightforward, training
 
 PROGRAM = "python -m tools.bench"
 CLASSES = 1000                                                              # of ImageNet
 LATENT_CHANNELS = 16                                                        # of xAR's latents of ImageNet
-
-
-def alternate(contenders, repeats, device):
-    """Return {name: median seconds} of functions that take turns, after an untimed call of each."""
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    # in turns, so that whatever else the machine does hits all of them alike; the first call
-    # allocates and chooses kernels, and does not count
-    times = {name: [] for name in contenders}
-    for _ in range(repeats + 1):
-        for name, call in contenders.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
 def require_one_or_more(args, *names):
@@ -66,35 +52,7 @@ def require_one_or_more(args, *names):
         run.require(args, getattr(args, name) >= 1, name, "must be 1 or more")
 
 
-# ---- sample: xAR's cache against the prefix recomputed at every step, and against SiT
-
-@torch.no_grad()
-def sample_without_cache(model, y, num_steps, cfg_scale, randn=torch.randn_like):
-    """Return what `model.sample` returns, at the price of a forward over all entities so far.
-
-    Each velocity comes from the block-causal forward of training. y [B] -> latent [B,C,h,w].
-    """
-    B = len(y)
-    M = len(model.sizes)
-    done = []                                                               # finished entities [B,size,C]
-    for n, size in enumerate(model.sizes):
-        w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)      # guidance grows along the order
-        labels = y if w == 1 else torch.cat([y, torch.full_like(y, model.num_classes)])
-
-        def velocity(x, t):
-            tokens = torch.cat([*done, x.float()], dim=1).repeat(len(labels) // B, 1, 1)
-            times = torch.zeros(len(labels), n + 1, device=y.device)        # finished entities are at t = 0
-            times[:, n] = t
-            v = model(tokens, times, labels)[:, -size:].double()
-            if w == 1:
-                return v
-            with_label, without = v.chunk(2)
-            return without + w * (with_label - without)
-
-        start = torch.empty(B, size, model.channels, dtype=torch.float64, device=y.device)
-        done.append(xar.reverse_sde(velocity, randn(start), num_steps, randn).float())
-    return model.to_latent(torch.cat(done, dim=1))
-
+# ---- sample: xAR's cache against a straightforward one, the prefix recomputed, and SiT
 
 def tokens_evaluated(model, args):
     """Return {sampler: tokens that its network evaluates for one image}."""
@@ -110,8 +68,10 @@ def tokens_evaluated(model, args):
         recomputed += args.steps * sum(sizes[:n + 1]) * ways
     # each entity but the last enters the cache, with label and without
     cached += sum(sizes[:-1]) * both
-    return {"xAR, cached": cached, "xAR, prefix recomputed": recomputed,
-            "SiT": args.sit_steps * sum(sizes) * both}
+    # twice the steps for each entity, and one to enter the cache, also for the last
+    straight = 2 * sum(sizes) * (args.steps + 1)
+    return {"xAR, cached": cached, "xAR, straightforward cache": straight,
+            "xAR, prefix recomputed": recomputed, "SiT": args.sit_steps * sum(sizes) * both}
 
 
 def sample_flags(argv):
@@ -163,25 +123,29 @@ def bench_sample(argv):
         return sit.sample_sde(other, noise, y, args.sit_steps, args.cfg)
 
     # a comparison of speed means something only if both ways draw the same images
-    torch.manual_seed(1)
-    cached = model.sample(y, 3, args.cfg)
-    torch.manual_seed(1)
-    recomputed = sample_without_cache(model, y, 3, args.cfg)
-    difference = (cached - recomputed).norm() / recomputed.norm()
-    print(f"cached and recomputed samples differ by {difference:.0e} of the norm")
+    samplers = {
+        "xAR, cached": model.sample,
+        "xAR, straightforward cache": partial(straightforward.sample_by_growing_cache, model),
+        "xAR, prefix recomputed": partial(straightforward.sample_without_cache, model)}
+    drawn = {}
+    for name, sample in samplers.items():
+        torch.manual_seed(1)
+        drawn[name] = sample(y, 3, args.cfg)
+    ours = drawn.pop("xAR, cached")
+    for name, theirs in drawn.items():
+        difference = (ours - theirs).norm() / theirs.norm()
+        print(f"samples of {name} differ by {difference:.0e} of the norm from the cached ones")
 
-    contenders = {
-        "xAR, cached": lambda: model.sample(y, args.steps, args.cfg),
-        "xAR, prefix recomputed": lambda: sample_without_cache(model, y, args.steps, args.cfg),
-        "SiT": sample_sit,
-    }
+    contenders = {name: partial(sample, y, args.steps, args.cfg)
+                  for name, sample in samplers.items()}
+    contenders["SiT"] = sample_sit
     with run.autocast(args.precision, device):
-        seconds = alternate(contenders, args.repeats, device)
+        seconds = measure.alternate(contenders, args.repeats, device)
 
     name = args.model or f"width {args.hidden_size}, {args.depth} blocks"
     print(f"{name}, {sum(model.sizes)} tokens ({args.entity}), guidance {args.cfg:g}, batch {B}, "
-          f"{device}, {run.precision(args.precision, device)}; {args.steps} steps an entity, "
-          f"SiT {args.sit_steps}; median of {args.repeats}\n")
+          f"{measure.machine(device)}, {run.precision(args.precision, device)}; "
+          f"{args.steps} steps an entity, SiT {args.sit_steps}; median of {args.repeats}\n")
     print("| sampler | s per image | relative | tokens evaluated per image | relative |\n"
           "|---|---|---|---|---|")
     tokens = tokens_evaluated(model, args)
@@ -189,8 +153,10 @@ def bench_sample(argv):
     for name, s in seconds.items():
         print(f"| {name} | {s / B:.3f} | {s / seconds[first]:.2f} | {tokens[name]:,} | "
               f"{tokens[name] / tokens[first]:.2f} |")
-    print(f"\ncached takes {seconds[first] / seconds['xAR, prefix recomputed']:.2f} of the "
-          f"recomputing time; SiT takes {seconds['SiT'] / seconds[first]:.1f} times as long as xAR")
+    relative = {name: seconds[first] / s for name, s in seconds.items()}
+    print(f"\ncached takes {relative['xAR, straightforward cache']:.3f} of the time of the "
+          f"straightforward cache, {relative['xAR, prefix recomputed']:.2f} of recomputing, "
+          f"{relative['SiT']:.2f} of SiT")
 
 
 # ---- fid: features, the distance, precision and recall
@@ -239,7 +205,7 @@ def compare_features(args, device, g):
     net = net.to(device, memory_format=torch.channels_last)
     contenders = {"fid.py": lambda: net(batch), **contenders}
     with torch.inference_mode():
-        seconds = alternate(contenders, args.repeats, device)
+        seconds = measure.alternate(contenders, args.repeats, device)
     print("| features | images/s | time relative to fid.py |\n|---|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {len(batch) / s:.1f} | {s / seconds['fid.py']:.2f} |")
@@ -289,7 +255,7 @@ def compare_distances(repeats, g):
         values["fid.py"] = fid.frechet_distance(mu1, s1, mu2, s2)
 
     contenders = {"fid.py": by_eigenvalues, "scipy's sqrtm": by_root}
-    seconds = alternate(contenders, repeats, torch.device("cpu"))
+    seconds = measure.alternate(contenders, repeats, torch.device("cpu"))
     print(f"\n| distance at {FEATURES} dimensions | s | relative |\n|---|---|---|")
     for name, s in seconds.items():
         print(f"| {name} | {s:.2f} | {s / seconds['fid.py']:.1f} |")
@@ -311,7 +277,7 @@ def measure_precision_recall(device, g, count=10_000):
           f"the process's peak memory went from {before:.2f} to {peak():.2f} GiB")
 
 
-# ---- loader and train: packed data
+# ---- loader and program: packed data
 
 def random_set(folder, count, size, channels=4, factor=8):
     """Make a packed folder of random numbers, as large as a real one of `count` images."""
@@ -435,8 +401,22 @@ def copy_checkpoint(path, copy):
     return loaded - start, time.perf_counter() - loaded, copy.stat().st_size / 1e9
 
 
-def bench_train(argv):
-    parser = run.Parser(f"{PROGRAM} train",
+def noting_peak(peaks):
+    """Return `haste_train.drop_projector`, changed to note the peak of the memory so far."""
+    original = haste_train.drop_projector
+
+    def drop_projector(*args):
+        if torch.cuda.is_available():
+            peaks.append(torch.cuda.max_memory_allocated())
+        kept = original(*args)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return kept
+    return drop_projector
+
+
+def bench_program(argv):
+    parser = run.Parser(f"{PROGRAM} program",
                         description="Run haste_train.py on packed random data; flags that are not "
                                     "listed here are passed on to it.")
     # with a teacher: after its end, training is as without one
@@ -465,7 +445,9 @@ def bench_train(argv):
                  "--teacher-weights", f"{folder}/teacher.pt", "--out", f"{folder}/run",
                  "--eval-every", "0", "--save-every", "0",
                  "--log-every", str(max(1, args.steps // 20))]
-        with mock.patch.object(data, "batches", timed_batches(waited)):
+        peaks = []
+        with (mock.patch.object(data, "batches", timed_batches(waited)),
+              mock.patch.object(haste_train, "drop_projector", noting_peak(peaks))):
             haste_train.main([*flags, *more])
         rows = run.read_log(folder / "run" / "log.jsonl")
         load, save, gigabytes = copy_checkpoint(folder / "run" / "ckpt.pt", folder / "again.pt")
@@ -481,10 +463,14 @@ def bench_train(argv):
           f"at most {max(waited[1:]):.3f} s; "
           f"checkpoint of {gigabytes:.2f} GB: saved in {save:.1f} s, loaded in {load:.1f} s")
     if torch.cuda.is_available():
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+        peaks.append(torch.cuda.max_memory_allocated())
+        gib = [peak / measure.GIB for peak in peaks]
+        print(f"peak memory {gib[0]:.1f} GiB guided, {gib[-1]:.1f} GiB free")
 
 
-COMMANDS = {"sample": bench_sample, "fid": bench_fid, "loader": bench_loader, "train": bench_train}
+COMMANDS = {"train": training.bench_train, "growth": memory.bench_growth,
+            "memory": memory.bench_memory, "sample": bench_sample, "fid": bench_fid,
+            "loader": bench_loader, "program": bench_program}
 
 
 def main(argv=None):
