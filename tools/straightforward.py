@@ -30,15 +30,37 @@ def cross_entropy(log_map, teacher_map):
     return -(teacher_map[:, :H] * log_map[:, :H]).sum(-1).mean()
 
 
+@torch.no_grad()
 def haste_targets(teacher, pixels):
     """Return the teacher's tokens [B,N,D] and the attention map [B,H,N,N] of each of its blocks.
 
-    The library keeps queries and keys of the three or four blocks that it aligns.
+    The teacher runs in float32. The library's runs under autocast, with fused attention, and keeps
+    queries and keys of the three or four blocks that it aligns.
     """
-    with torch.no_grad():
-        images = teachers.preprocess(data.to_rgb(pixels), teacher.grid)
-        tokens, taps = teacher(images, range(teacher.depth))
-        return tokens, [attention_logits(q, k).softmax(-1) for q, k in taps]
+    with torch.autocast(pixels.device.type, enabled=False):
+        x = teacher._embed(teachers.preprocess(data.to_rgb(pixels), teacher.grid))
+        maps = []
+        for block in teacher.blocks:
+            B, N, D = x.shape
+            qkv = block.attn.qkv(block.norm1(x)).view(B, N, 3, teacher.num_heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            logits = attention_logits(q, k)
+            patches = logits[:, :, teacher.num_extra:, teacher.num_extra:]
+            maps.append(patches.softmax(-1))
+            out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, D)
+            x = x + block.ls1(block.attn.proj(out))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return teacher.norm(x)[:, teacher.num_extra:], maps
+
+
+def with_tokens_transposed(model):
+    """Return the model with patches that lie in memory as a convolution leaves them, [B,D,N].
+
+    So does the whole residual stream then, and every norm first makes a copy. The library makes one
+    copy at the start.
+    """
+    model.x_embedder.register_forward_hook(lambda module, args, out: out.mT.contiguous().mT)
+    return model
 
 
 def haste_loss(model, x, y, t, eps, targets, pairs, cfg, aligned=True):

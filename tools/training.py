@@ -124,7 +124,7 @@ def in_mid_training(model):
 # ---- HASTE, ours and straightforward, and what is left of both after the alignment
 
 def haste_states(cfg, arch, device):
-    """Return three States: with a projector, after its end, and of a SiT that never had one.
+    """Return four States: guided, after its end, of a SiT that never had a teacher; theirs.
 
     They share weights, average and moments: then all contenders fit into one GPU.
     """
@@ -148,7 +148,9 @@ def haste_states(cfg, arch, device):
     haste_train.drop_projector(*free)
     plain = sharing(dict(arch, z_dim=None))
     free.opt.state = plain.opt.state = guided.opt.state
-    return guided, free, plain
+    theirs = with_default_adamw(sharing(arch))
+    straightforward.with_tokens_transposed(theirs.model)
+    return guided, free, plain, theirs
 
 
 def haste_steps(args, cfg, teacher, device, autocast):
@@ -159,7 +161,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
                 num_heads=cfg.num_heads, num_classes=CLASSES, qk_norm=cfg.qk_norm,
                 z_dim=teacher.embed_dim, encoder_depth=feature_depth,
                 projector_dim=cfg.projector_dim)
-    guided, free, plain = haste_states(cfg, arch, device)
+    guided, free, plain, theirs = haste_states(cfg, arch, device)
     B = args.batch_size
     x, eps = torch.randn(2, B, args.channels, args.size, args.size, device=device)
     t = torch.rand(B, device=device)
@@ -176,8 +178,6 @@ def haste_steps(args, cfg, teacher, device, autocast):
                                           targets, pairs, cfg)
             return total
         return our_step(args, cfg, autocast, state, loss)
-
-    theirs = with_default_adamw(guided)
 
     def official(aligned):
         def loss(rows):
