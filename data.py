@@ -93,7 +93,7 @@ class Data:
 
     def fingerprint(self):
         """Return a hash that copies of the same set share, of its labels and 16 of its samples."""
-        rows = torch.arange(0, len(self.train), math.ceil(len(self.train) / 16))
+        rows = torch.arange(0, len(self.train), max(1, len(self.train) // 16))
         if self.packed:
             samples = self.train.moments(rows)
         else:

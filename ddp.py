@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -113,25 +114,30 @@ class Processes:
         return box[0]
 
     def alike(self, make, describe, remedy):
-        """Return make(), called by every process, if describe(it), a list of words, is the same.
+        """Call make() on every process, and return its result if describe(result) is equal on all.
 
-        Otherwise all raise ValueError: a line with the first rank and host that differ, what they
-        have, and `remedy`. If make() fails everywhere alike, its ValueError or OSError is raised.
+        describe returns a list of words. Raises ValueError on all processes if one has others: the
+        line names its rank and host, what it has, and `remedy`. If make() fails on some processes,
+        with ValueError or OSError, a line names the first that did; if it fails alike on all, the
+        error is raised as it is.
         """
         if self.world == 1:
             return make()
         made = error = None
+        words = []
         try:
             made = make()
             words = describe(made)
         except (ValueError, OSError) as e:
             error = e
-            words = [str(e)]
         found = [None] * self.world
-        dist.all_gather_object(found, (socket.gethostname(), words))
-        first_host, first = found[0]
-        for rank, (host, other) in enumerate(found):
-            for a, b in zip(first, other):
+        dist.all_gather_object(found, (socket.gethostname(), words, error and str(error)))
+        first_host, first, first_error = found[0]
+        for rank, (host, other, problem) in enumerate(found):
+            if problem != first_error:
+                lines = [f"rank {r} (host {h}): {p}" for r, (h, _, p) in enumerate(found) if p]
+                raise ValueError(f"{lines[0]}; other processes have no such problem: {remedy}")
+            for a, b in zip_longest(first, other, fillvalue="nothing"):
                 if a != b:
                     raise ValueError(f"rank {rank} (host {host}) has {b}, but rank 0 (host "
                                      f"{first_host}) has {a}: {remedy}")

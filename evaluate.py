@@ -27,21 +27,25 @@ INCEPTION_BATCH = 64
 
 def load_inception(cfg, device):
     """Return the network that --eval-features asks for, or None. Raises ValueError or OSError."""
-    if cfg.eval_features == "pixels":
+    if cfg.eval_features == "pixels" or not cfg.eval_every:
         return None
     try:
         return fid.load_inception(cfg.eval_weights).to(device)
-    except (ValueError, OSError) as e:
-        flags = f"--eval-features inception, --eval-weights {cfg.eval_weights}"
-        raise type(e)(f"{flags}: {e}") from None
+    except ValueError:
+        raise ValueError(f"--eval-weights {cfg.eval_weights} is not there, is cut short, or does "
+                         f"not hold the Inception of FID: leave the flag out to fetch it") from None
+    except OSError:
+        raise OSError(f"--eval-features inception could not be fetched: download "
+                      f"{fid.INCEPTION_URL} and name the file with --eval-weights") from None
 
 
 def inception_gaussian(inception, batches):
     """Return mean and covariance of the features of batches of uint8 images [b,C,H,W]."""
     device = inception.fc.weight.device
     moments = fid.Moments()
-    for pixels in batches:
-        moments.add(inception(pixels.to(device))["pool"].cpu())
+    with torch.backends.cudnn.flags(allow_tf32=False):                      # TF32 moves the third decimal
+        for pixels in batches:
+            moments.add(inception(pixels.to(device))["pool"].cpu())
     return moments.gaussian()
 
 

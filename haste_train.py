@@ -94,8 +94,8 @@ class Config:
     ema: float = 0.98  # decay of the averaged weights, the ones that are sampled
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, or mps of a Mac
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, else fp32, which on CUDA is TF32
-    compile: Optional[bool] = False  # torch.compile the blocks; None, of the presets for GPUs, does so on CUDA
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, else fp32; on CUDA, fp32 means TF32
+    compile: Optional[bool] = False  # torch.compile the blocks; None (the presets for GPUs) means: on CUDA
     # the run
     seed: int = 0  # of everything random
     out: str = "out"  # folder for log.jsonl, ckpt.pt, samples.png and, in the end, curves.png
@@ -113,7 +113,7 @@ class Config:
 
 MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
                         "eval_every", "cache", "data_root", "accumulate", "compile", "vae",
-                        "eval_weights")
+                        "eval_features", "eval_weights")
 
 # ImageNet, packed: the papers' settings, which are the same for all sizes.
 IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14",
@@ -334,10 +334,15 @@ def make_teacher(cfg, images, grid, processes):
         net = processes.from_main(trained)
     net = net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
     if run.precision(cfg.precision, processes.device) == "bf16":
-        for layer in net.modules():
-            if isinstance(layer, torch.nn.Linear):
-                layer.bfloat16()                                            # what autocast would do in every step
+        round_matrices(net)
     return net
+
+
+def round_matrices(net):
+    """Round the weights of Linear layers to bfloat16, as autocast would in every step."""
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.bfloat16()
 
 
 def build(cfg, saved, guided, processes):
@@ -456,6 +461,9 @@ def train(cfg, processes, stop):
         if saved and saved["steps"] >= cfg.steps:
             return
         run.make_folder(cfg.out, cfg.out)
+        if processes.main and saved is None:
+            Path(cfg.out, "ckpt.pt").unlink(missing_ok=True)                # an earlier run's: this run replaces it
+        inception = processes.main_first(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
         tau = saved["tau"] if saved else first_free_step(cfg)
         images, teacher, pairs, model, arch = build(cfg, saved, start < tau, processes)
@@ -465,9 +473,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
-            if processes.main:
-                inception = evaluate.load_inception(cfg, processes.device)
-                reference = evaluate.reference(images, inception)
+            reference = evaluate.reference(images, inception) if processes.main else None
         log = run.Log(cfg, start, processes)
 
     device = processes.device
@@ -477,8 +483,6 @@ def train(cfg, processes, stop):
     clock = run.Clock(cfg, start, seconds)
     code = run.code_hash(*MODULES)
     checkpoint = Path(cfg.out, "ckpt.pt")
-    if processes.main and saved is None:
-        checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
     if run.compiling(cfg, device):
         run.compile_blocks(model.blocks)
@@ -522,7 +526,8 @@ def train(cfg, processes, stop):
             if cosine < cfg.stop_threshold:
                 tau = step
         if model.projectors is not None and step >= tau:                    # also on a resume from exactly tau
-            teacher = targets = total = terms = net = None                  # the last references: their memory is free
+            # the last references to teacher and projector: their memory is free
+            teacher = targets = total = terms = value = group = weights = net = None
             kept = drop_projector(model, ema, opt)
             gc.collect()                                                    # a compiled module refers to itself
             if device.type == "cuda":

@@ -259,7 +259,8 @@ def main(argv=None):
                         help="images that a process encodes at a time")
     parser.add_argument("--workers", type=int, default=8,
                         help="threads of a process that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:N, or mps of a Mac")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="of the encoder; what is made once is worth fp32")
     args = parser.parse_args(argv)
@@ -267,6 +268,7 @@ def main(argv=None):
         for name in ("size", "limit", "batch_size", "workers"):
             value = getattr(args, name)
             run.require(args, value is None or value >= 1, name, "must be 1 or more")
+        run.check_precision(args)
         processes = ddp.Processes(args.device, hours=48)        # some may finish long before others
     # Full float32, not TF32, which has fewer digits than the float16 that is stored.
     torch.set_float32_matmul_precision("highest")

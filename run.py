@@ -119,12 +119,17 @@ def check(cfg, world, at_least_1=(), at_least_0=()):
         value = getattr(cfg, name)
         require(cfg, value is None or value >= 1, name, "must be 1 or more")
     require(cfg, cfg.eval_samples >= 2, "eval_samples", "must be 2 or more, for a covariance")
-    require(cfg, cfg.device != "mps" or cfg.precision != "bf16", "precision",
-            "is not for --device mps: leave it out")
+    check_precision(cfg)
     require(cfg, 0 <= cfg.label_drop <= 1, "label_drop", "must lie in [0, 1]")
     parts = world * cfg.accumulate
     require(cfg, cfg.batch_size % parts == 0, "batch_size",
             f"must be a multiple of {parts} (processes x --accumulate)")
+
+
+def check_precision(cfg):
+    """Refuse bfloat16 where it has never been tried. Raises ValueError."""
+    require(cfg, cfg.device != "mps" or cfg.precision != "bf16", "precision",
+            "is not for --device mps: leave it out")
 
 
 def make_folder(folder, out):

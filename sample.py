@@ -58,9 +58,9 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of the noise and of random labels")
     add("--batch-size", type=int, default=100, help="images at a time")
     add("--num-heads", type=int, help="attention heads, if the checkpoint does not say")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, or mps of a Mac")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto is bf16 on CUDA")
+        help="auto: bf16 on CUDA, else fp32; on CUDA, fp32 means TF32")
     add("--vae", help="decoder of latents: sd-ema, sd-mse or a file, if not the checkpoint's own")
     args = parser.parse_args(argv)
     with run.one_line_errors(PROGRAM):
@@ -74,6 +74,7 @@ def check(args):
                         ("num_heads", 1), ("label", 0)):
         value = getattr(args, name)
         run.require(args, value is None or value >= least, name, f"must be {least} or more")
+    run.check_precision(args)
     if args.interval and not args.interval[0] <= args.interval[1]:
         raise ValueError(f"--interval {args.interval[0]} {args.interval[1]} must be low, then high")
     if args.out is None:

@@ -41,8 +41,10 @@ XAR_CONFIGS = {"xAR-Ti": dict(dim=64, encoder_depth=3, decoder_depth=3, num_head
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS = 1e-6  # of all norms
 LAST_STEP = 0.04  # the sampler's last noisy time, SiT's
-FEW = 16  # at most so many entities, with so many tokens each on average:
-LONG = 32  # then a call of attention for each is faster than one with a mask
+# up to so many entities, of so many tokens or more on average, get a call of attention each: faster
+# than one call with a mask
+MOST_CALLS = 16
+TOKENS_A_CALL = 32
 
 
 # ---- entities: lists of (g, raster indices into the g x g grid); all else derives from them
@@ -103,7 +105,8 @@ def visible(entity_of, q, k):
 
 
 def needs_mask(M, N):
-    return M > 1 and (M > FEW or N < LONG * M)
+    """Return whether attention among M entities of N tokens in all uses a mask."""
+    return M > 1 and (M > MOST_CALLS or N < TOKENS_A_CALL * M)
 
 
 def attention(q, k, v, sizes, mask, dropout):
@@ -143,16 +146,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, sizes, rope, mask, cache):
-        """Return the output for x [B,groups,m,D]; cache: (memory [2,B,H,L,d], begin), or None."""
+    def forward(self, x, sizes, rope, mask, past):
+        """Return the output for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin), or None."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
         q, k = rotate(qk, *rope).type_as(v)
         v = v[0]
-        if cache is not None:
-            memory, begin = cache
-            known = memory[:, :len(x), :, :begin + sum(sizes)]
+        if past is not None:
+            kv_cache, begin = past
+            known = kv_cache[:, :len(x), :, :begin + sum(sizes)]
             known[0, :, :, begin:] = k
             known[1, :, :, begin:] = v
             k, v = known
@@ -226,10 +229,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, dropout)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, sizes, rope, mask, cache):  # x [B,groups,m,D], c [B,M,D]
+    def forward(self, x, c, sizes, rope, mask, past):  # x [B,groups,m,D], c [B,M,D]
         mod = per_token(self.ada_lin(c), sizes)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.chunk(6, dim=-1)
-        out = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, cache)
+        out = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, past)
         x = x + gamma1 * out
         return x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
 
@@ -355,11 +358,11 @@ class XAR(nn.Module):
             mask = visible(self.entity_of[:N], i[:, None], i)  # [N,N], with `clean` [2N,2N]
         return self.network(tokens, t, y, sizes, rows, mask)[:, -N:]
 
-    def network(self, tokens, t, y, sizes, rows, mask=None, memory=None, begin=0):
+    def network(self, tokens, t, y, sizes, rows, mask=None, kv_cache=None, begin=0):
         """Return v [B,N,C] of tokens [B,N,C]: entities of `sizes`, at the places `rows` [N].
 
-        `memory` [blocks,2,B,H,L,d] caches keys and values. The tokens see those before `begin`, and
-        write their own behind them.
+        `kv_cache` [blocks,2,B,H,L,d]: the tokens see its keys and values before `begin`, and write
+        their own behind them.
         """
         if y is None:
             y = torch.full((len(t),), self.num_classes, device=t.device)
@@ -373,10 +376,10 @@ class XAR(nn.Module):
             if i == len(self.encoder_blocks):
                 position = self.decoder_pos_embed_learned[:, rows].unflatten(1, (groups, -1))
                 x = self.decoder_embed(self.encoder_norm(x)) + position
-            cache = None
-            if memory is not None:
-                cache = memory[i], begin
-            x = block(x, c, sizes, rope, mask, cache)
+            past = None
+            if kv_cache is not None:
+                past = kv_cache[i], begin
+            x = block(x, c, sizes, rope, mask, past)
         kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(kind, enabled=False):  # a sampler adds up what is rounded here
             return self.pred(self.decoder_norm(x)).flatten(1, 2)
@@ -444,7 +447,7 @@ class XAR(nn.Module):
         training = self.training
         self.eval()
         try:
-            memory = self._memory(len(labels))
+            kv_cache = self._kv_cache(len(labels))
             done = []                                          # finished entities, [B,m,C] each
             begin = 0                                          # the next one's first token
             for n, size in enumerate(self.sizes):
@@ -453,21 +456,21 @@ class XAR(nn.Module):
 
                 def velocity(x, t):
                     if not guided:
-                        return _as_state(self._evaluate(x, t, y, memory, begin))
-                    c, u = _as_state(self._evaluate(x, t, labels, memory, begin)).chunk(2)
+                        return _as_state(self._evaluate(x, t, y, kv_cache, begin))
+                    c, u = _as_state(self._evaluate(x, t, labels, kv_cache, begin)).chunk(2)
                     return u + w * (c - u)
 
                 x = _as_state(weight.new_empty(len(y), size, self.channels))
                 x = reverse_sde(velocity, randn(x), num_steps, randn).to(weight.dtype)
                 done.append(x)
                 if n < M - 1:  # it enters the cache, once, at t = 0
-                    self._evaluate(x, 0.0, labels, memory, begin)
+                    self._evaluate(x, 0.0, labels, kv_cache, begin)
                 begin += size
             return torch.cat(done, dim=1)
         finally:
             self.train(training)
 
-    def _memory(self, B):
+    def _kv_cache(self, B):
         """Return room for the keys and values of all tokens, [blocks,2,B,H,L,d]."""
         like = self.pred.weight
         dtype = like.dtype
@@ -488,13 +491,13 @@ class XAR(nn.Module):
                              f"{null} is no label")
         return y
 
-    def _evaluate(self, x, t, labels, memory, begin):
+    def _evaluate(self, x, t, labels, kv_cache, begin):
         """Return v of the entity x [B,m,C] at `begin`; labels [B], or [2B] if guided."""
         x = x.to(self.pred.weight.dtype).repeat(len(labels) // len(x), 1, 1)
         m = x.shape[1]
         t = x.new_full((len(labels), 1), t, dtype=torch.promote_types(x.dtype, torch.float32))
         rows = torch.arange(begin, begin + m, device=x.device)
-        return self.network(x, t, labels, [m], rows, memory=memory, begin=begin)
+        return self.network(x, t, labels, [m], rows, kv_cache=kv_cache, begin=begin)
 
 
 # ---- sampling

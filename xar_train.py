@@ -70,8 +70,8 @@ class Config:
     ema: float = 0.98  # decay of the averaged weights, the ones that are sampled
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, or mps of a Mac
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, else fp32, which on CUDA is TF32
-    compile: Optional[bool] = False  # torch.compile the blocks; None, of the presets for GPUs, does so on CUDA
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, else fp32; on CUDA, fp32 means TF32
+    compile: Optional[bool] = False  # torch.compile the blocks; None (the presets for GPUs) means: on CUDA
     # the run
     seed: int = 0  # of everything random
     out: str = "out/xar"  # folder for log.jsonl, ckpt.pt, samples.png, growth.png and, in the end, curves.png
@@ -89,7 +89,7 @@ class Config:
 
 MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
                         "eval_every", "data_root", "accumulate", "compile", "vae",
-                        "eval_weights")
+                        "eval_features", "eval_weights")
 
 # ImageNet, packed with KL-16 and mirror images: the paper's 800 epochs of 1,281,167 images.
 IMAGENET = dict(data="out/imagenet256-kl16", image_size=256, latent_channels=16, mirror=True,
@@ -255,6 +255,9 @@ def train(cfg, processes, stop):
         if saved and saved["steps"] >= cfg.steps:
             return
         run.make_folder(cfg.out, cfg.out)
+        if processes.main and saved is None:
+            Path(cfg.out, "ckpt.pt").unlink(missing_ok=True)                # an earlier run's: this run replaces it
+        inception = processes.main_first(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
         images, model, arch = build(cfg, sizes, saved, processes)
         ema, opt = training_state(cfg, model, saved)
@@ -263,9 +266,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.channels, processes.device))
-            if processes.main:
-                inception = evaluate.load_inception(cfg, processes.device)
-                reference = evaluate.reference(images, inception)
+            reference = evaluate.reference(images, inception) if processes.main else None
         log = run.Log(cfg, start, processes)
     if saved and saved["args"]["steps"] != cfg.steps:
         processes.print(f"note: --steps was {saved['args']['steps']}; warm-up and decay are shares "
@@ -279,8 +280,6 @@ def train(cfg, processes, stop):
     clock = run.Clock(cfg, start, seconds)
     code = run.code_hash(*MODULES)
     checkpoint = Path(cfg.out, "ckpt.pt")
-    if processes.main and saved is None:
-        checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
     if run.compiling(cfg, device):
         run.compile_blocks([*model.encoder_blocks, *model.decoder_blocks])

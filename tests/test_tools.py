@@ -12,7 +12,7 @@ import haste_train
 import run
 import teacher
 import xar_train
-from tools import bench, measure, memory, training
+from tools import bench, measure, memory, straightforward, training
 
 CPU = torch.device("cpu")
 
@@ -120,6 +120,25 @@ def test_bench_compares_samplers_that_draw_the_same(capsys):
     cached = 4 * 4 * (1 + 3 * 2) + 3 * 4 * 2                                # entity 0 is not guided
     assert counts == {"xAR, cached": cached, "xAR, straightforward cache": 4 * 4 * 2 * (4 + 1),
                       "xAR, prefix recomputed": 4 * 4 * (1 + 2 * (2 + 3 + 4)), "SiT": 25 * 16 * 2}
+
+
+def test_a_step_that_does_not_fit_is_named_and_left_out(monkeypatch, capsys):
+    real = straightforward.xar_loss
+
+    def too_large(model, x, *args):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return real(model, x, *args)
+    monkeypatch.setattr(straightforward, "xar_loss", too_large)
+    bench.main(["train", "--model", "xAR-Ti", "--size", "8", "--channels", "1", "--repeats", "1", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "xAR, straightforward does not fit" in text and "| xAR, ours |" in text and "| xAR, straight" not in text
+
+
+def test_loader_is_measured(tmp_path, capsys):
+    bench.main(["loader", "--count", "40", "--size", "16", "--batch-size", "8", "--repeats", "1", "--out", str(tmp_path)])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| data.py", "| mapped"))]
+    assert len(rows) == 4 and not list(tmp_path.iterdir())                  # the set is deleted
 
 
 # ---- what is measured

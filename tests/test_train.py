@@ -27,6 +27,7 @@ import run
 import sit
 import teacher
 import test_packed
+import xar
 
 
 # ---- every flag changes something
@@ -406,7 +407,22 @@ def test_a_named_checkpoint_counts_until_this_run_has_saved(tiny_run, tmp_path, 
     assert "resuming from step 6 of" in capsys.readouterr().out
 
 
-def test_out_of_memory_ends_with_one_line(tiny_run, monkeypatch):
+def test_a_run_that_starts_over_and_dies_is_not_the_old_one(tiny_run, monkeypatch, capsys):
+    """--resume never: a worker that dies before the first save, even before the first step, leaves no older checkpoint."""
+    tiny_run("--steps", "3")
+    def dying(*args):
+        raise RuntimeError("killed")
+    with monkeypatch.context() as patched:
+        patched.setattr(haste_train, "build", dying)
+        with pytest.raises(RuntimeError):
+            tiny_run("--resume", "never", "--steps", "5")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    rows, _ = tiny_run("--resume", "never", "--steps", "5")
+    assert "resuming" not in capsys.readouterr().out and len(rows) == 5
+
+
+def test_out_of_memory_ends_with_one_line(tiny_run, tiny_xar, monkeypatch):
     def full(*args, **kw):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     monkeypatch.setattr(haste_train, "losses", full)
@@ -416,6 +432,9 @@ def test_out_of_memory_ends_with_one_line(tiny_run, monkeypatch):
         with pytest.raises(SystemExit, match=f"memory of the GPU does not suffice: .*{message}") as e:
             tiny_run(*flags)
         assert "\n" not in str(e.value)
+    monkeypatch.setattr(xar.XAR, "loss", full)
+    with pytest.raises(SystemExit, match="xar_train.py: the memory of the GPU does not suffice: give --accumulate 2"):
+        tiny_xar()
 
 
 def test_devices(monkeypatch):
@@ -772,7 +791,7 @@ def test_inception_scores_samples(tiny_run, monkeypatch):
         fake, real = (FewFeatures()(images)["pool"].double() for images in (samples, train))
         assert row["fid"] == pytest.approx(evaluate.frechet(fake, real), rel=1e-9) and row["fid"] > 0
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match="--eval-features inception, --eval-weights nowhere.pt: "):
+    with pytest.raises(SystemExit, match="--eval-weights nowhere.pt is not there"):
         tiny_run("--eval-features", "inception", "--eval-weights", "nowhere.pt")
 
 

@@ -343,24 +343,32 @@ def test_cudnn_serves_no_attention_with_a_mask(flags, pretend, monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not any(masked))
 
 
-def test_compiled_teacher_is_freed_at_the_end_of_the_alignment(tiny_run, monkeypatch):
-    """A compiled module refers to itself, so counting references does not free it."""
-    teachers, alive = [], []
-    make, losses = haste_train.make_teacher, haste_train.losses
+def test_compiled_teacher_and_projector_are_freed_at_the_end_of_the_alignment(tiny_run, monkeypatch):
+    """A compiled module refers to itself, so counting references does not free it; and no local variable may hold them."""
+    seen, alive = [], []
+    make, losses, drop = haste_train.make_teacher, haste_train.losses, haste_train.drop_projector
+    compile_block = torch.nn.Module.compile
 
     def watched_make(*args):
         net = make(*args)
-        teachers.append(weakref.ref(net.blocks[0].attn.qkv.weight))
+        seen.append(weakref.ref(net.blocks[0].attn.qkv.weight))
         return net
 
+    def watched_drop(model, *args):
+        seen.append(weakref.ref(model.projectors[0][0].weight.untyped_storage()))
+        drop(model, *args)
+        return {"model": {}, "ema": {}}                                     # on a CPU, what is kept is no copy
+
     def watched_losses(*args, **kwargs):
-        alive.append(teachers[0]() is not None)
+        alive.append([reference() is not None for reference in seen])
         return losses(*args, **kwargs)
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)              # refers to itself, too
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_block(self, backend="eager"))
     monkeypatch.setattr(haste_train, "make_teacher", watched_make)
+    monkeypatch.setattr(haste_train, "drop_projector", watched_drop)
     monkeypatch.setattr(haste_train, "losses", watched_losses)
     tiny_run("--compile", "--eval-every", "0", "--steps", "5")
-    assert alive == [True] * 3 + [False] * 2
+    torch._dynamo.reset()
+    assert alive == [[True]] * 3 + [[False, False]] * 2
 
 
 def test_evaluation_draws_on_the_device(fake, monkeypatch):

@@ -232,8 +232,8 @@ def test_dense_calls_are_the_mask(entity, monkeypatch):
     monkeypatch.setattr(xar, "attention", lambda *args: masks.append(args[4]) or real(*args))
     grads = []
     for few in (0, 10 ** 9):
-        monkeypatch.setattr(xar, "FEW", few)
-        monkeypatch.setattr(xar, "LONG", 0)
+        monkeypatch.setattr(xar, "MOST_CALLS", few)
+        monkeypatch.setattr(xar, "TOKENS_A_CALL", 0)
         grads.append(torch.autograd.grad(model.loss(x, y, t, eps), list(model.parameters())))
     with_mask, dense = masks[:len(masks) // 2], masks[len(masks) // 2:]
     assert all(mask is None for mask in dense) and (entity == "image" or all(mask is not None for mask in with_mask))
@@ -267,8 +267,8 @@ def test_small_scales_exist_in_bfloat16():
 def test_cache_is_one_piece_of_memory(monkeypatch):
     """Keys and values are written into it, never joined: as many bytes as all tokens need, in autocast's dtype."""
     model, made = small("cell:4"), []
-    real = model._memory
-    monkeypatch.setattr(model, "_memory", lambda B: made.append(real(B)) or made[-1])
+    real = model._kv_cache
+    monkeypatch.setattr(model, "_kv_cache", lambda B: made.append(real(B)) or made[-1])
     with torch.autocast("cpu", torch.bfloat16):
         v = model.sample(torch.arange(3), 2, 2.0)
     blocks, H, L = len(model.encoder_blocks) + len(model.decoder_blocks), model.encoder_blocks[0].attn.num_heads, 64

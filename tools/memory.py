@@ -212,13 +212,13 @@ def alignment_contenders(tokens, batch_size, device):
         loss = haste.attention_alignment_grad(q_s, k_s, q_t, k_t)
         return torch.autograd.grad(loss, (q_s, k_s))
 
-    def official():
+    def straightforwardly():
         log_map = straightforward.attention_logits(q_s, k_s).log_softmax(-1)
         with torch.no_grad():
             teacher_map = straightforward.attention_logits(q_t, k_t).softmax(-1)
         loss = straightforward.cross_entropy(log_map, teacher_map)
         return torch.autograd.grad(loss, (q_s, k_s))
-    return {"ours": ours, "straightforward": official}
+    return {"ours": ours, "straightforward": straightforwardly}
 
 
 def measure_growth(tokens, batch_size, repeats, device, autocast):

@@ -1,7 +1,8 @@
 """The straightforward version of what this library does: what one writes first, after the papers.
 
 The benchmarks compare with it, on the same weights, and say first that both compute the same. Each
-function says what the library does instead. The official codes of HASTE and xAR do as is done here.
+function says what the library does instead. Maps, mask and cache are as the official codes of HASTE
+and xAR have them.
 Letters: those of sit.py and xar.py.
 """
 import torch

@@ -3,6 +3,8 @@
 All contenders train the same weights on one batch that already lies on the device. Read `Step`,
 then `haste_steps` and `xar_steps`. tools/straightforward.py has the baselines.
 """
+import argparse
+import copy
 import statistics
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -179,15 +181,18 @@ def haste_steps(args, cfg, teacher, device, autocast):
             return total
         return our_step(args, cfg, autocast, state, loss)
 
-    def official(aligned):
+    whole_teacher = copy.deepcopy(teacher)                                  # ours may be rounded to bfloat16
+
+    def straightforwardly(aligned):
         def loss(rows):
-            targets = straightforward.haste_targets(teacher, pixels[rows])
+            targets = straightforward.haste_targets(whole_teacher, pixels[rows])
             return straightforward.haste_loss(theirs.model, x[rows], y[rows], t[rows], eps[rows],
                                               targets, pairs, cfg, aligned)
         return straightforward_step(args, cfg, autocast, theirs, loss)
 
-    steps = {"HASTE, ours": ours(guided), "HASTE, straightforward": official(True),
-             "after its end, ours": ours(free), "after its end, straightforward": official(False),
+    steps = {"HASTE, ours": ours(guided), "HASTE, straightforward": straightforwardly(True),
+             "after its end, ours": ours(free),
+             "after its end, straightforward": straightforwardly(False),
              "plain SiT": ours(plain)}
     steps["HASTE, ours"].teacher = teacher
     return steps
@@ -260,12 +265,14 @@ def flags(argv):
     add("--teacher", choices=list(teachers.DINOV2_CONFIGS), default="vitb14",
         help="DINOv2 of this size, with random weights")
     add("--batch-size", type=int, default=4, help="images a step")
-    add("--accumulate", type=int, default=1, help="parts into which a step cuts its batch")
+    add("--accumulate", type=int,
+        help="parts into which a step cuts its batch; if not given, the preset's, or 1")
     add("--repeats", type=int, default=3, help="timed steps of each contender")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto is bf16 on CUDA")
-    add("--compile", action="store_true", help="compile the models' blocks")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the blocks of our models; if not given, as the preset does, on CUDA")
     add("--profile", action="store_true", help="also print where the time of a step goes")
     return parser.parse_args(argv)
 
@@ -280,6 +287,8 @@ def usual_preset(model):
 
 def settle(args):
     """Fill in what no flag has set, and return the configuration. Raises ValueError."""
+    if args.accumulate is None:
+        args.accumulate = presets()[args.preset].get("accumulate", 1) if args.preset else 1
     for name in ("batch_size", "accumulate", "repeats"):
         run.require(args, getattr(args, name) >= 1, name, "must be 1 or more")
     run.require(args, args.batch_size % args.accumulate == 0, "batch_size",
@@ -324,9 +333,13 @@ def count_operations(steps):
         try:
             found[name] = sum(measure.arithmetic(steps[name]).values())
         except torch.OutOfMemoryError:
+            pass                                                            # its traceback still holds tensors
+        if name not in found:
             print(f"{name} does not fit into the memory of this GPU: fewer images a step?")
             steps.pop(name).model.zero_grad()
             torch.cuda.empty_cache()
+    if not found:
+        raise SystemExit(f"{PROGRAM}: no step fits: give a smaller --batch-size")
     return found
 
 
@@ -365,16 +378,18 @@ def print_whole_run(seconds, cfg):
           f"{whole['ours'] / whole['straightforward']:.3f} of the time")
 
 
-def compile_blocks(steps):
-    """Compile the blocks of all models, and of the teacher, which all contenders share."""
-    nets = {step.model for step in steps} | {step.teacher for step in steps}
-    for net in nets - {None}:
-        if isinstance(net, xar.XAR):
-            blocks = [*net.encoder_blocks, *net.decoder_blocks]
-        else:
-            blocks = net.blocks
-        for block in blocks:
-            block.compile()
+def as_in_training(steps, cfg, args, device):
+    """Do to our steps what the programs do: round the teacher's matrices, compile blocks."""
+    ours = [step for name, step in steps.items() if "straightforward" not in name]
+    teacher = ours[0].teacher
+    if teacher is not None and run.precision(args.precision, device) == "bf16":
+        haste_train.round_matrices(teacher)
+    if args.compile:
+        for net in {step.model for step in ours} | {teacher} - {None}:
+            if isinstance(net, xar.XAR):
+                run.compile_blocks([*net.encoder_blocks, *net.decoder_blocks])
+            else:
+                run.compile_blocks(net.blocks)
 
 
 def count_tokens(model):
@@ -386,6 +401,8 @@ def bench_train(argv):
     with run.one_line_errors(PROGRAM):
         cfg = settle(args)
         device = ddp.Processes(args.device).device
+        if args.compile is None:
+            args.compile = run.compiling(cfg, device)
         autocast = run.autocast(args.precision, device)
         steps = make_steps(args, cfg, device, autocast)
     first, second = list(steps.values())[:2]
@@ -394,17 +411,16 @@ def bench_train(argv):
     if not difference < 1e-3:
         raise SystemExit(f"{PROGRAM}: the contenders do not compute the same")
 
-    against = list(steps)[-1]                                               # plain SiT, or the straightforward xAR
     print(f"{cfg.model}, {count_tokens(first.model)} tokens, batch {args.batch_size} in "
           f"{args.accumulate} part(s), {measure.machine(device)}, "
-          f"{run.precision(args.precision, device)}{', compiled' * args.compile}; median of "
+          f"{run.precision(args.precision, device)}{', ours compiled' * args.compile}; median of "
           f"{args.repeats}. Memory: the step's own, above weights, average and moments\n")
     flops = count_operations(steps)
+    against = list(steps)[-1]                                               # plain SiT, or the straightforward xAR
     rate = measure.matrix_rate(device, autocast)
     shown = [name for name in steps if args.profile and name.endswith("ours")]
     expected = {name: expect(steps[name], rate, device) for name in shown}
-    if args.compile:                                                        # after all that counts operations
-        compile_blocks(steps.values())
+    as_in_training(steps, cfg, args, device)                                # after all that counts operations
     seconds = measure.alternate(steps, args.repeats, device)
     peaks = {name: measure.peak_bytes(step, device) for name, step in steps.items()}
     print_table(args.batch_size, seconds, flops, peaks, rate, against)
