@@ -221,7 +221,9 @@ def test_benchmark_of_growth_draws(tmp_path, monkeypatch, capsys):
 def test_every_preset_fits_the_cards_that_the_readme_names(capsys):
     """Eight of 80 GB for ImageNet, one of 24 GB for CIFAR-10, and a tenth of each is left for temporary tensors."""
     bench.main(["memory"])
-    rows = re.findall(r"^\| `([\w-]+)` \| (\d) .*\| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    text = capsys.readouterr().out
+    assert all(line in (ROOT / "docs" / "speed.md").read_text() for line in text.splitlines())
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d) .*\| ([\d.]+) \|$", text, re.M)
     assert {name for name, _, _ in rows} == {name for name in training.presets() if "digits" not in name}
     too_large = [(name, need) for name, gpus, need in rows if float(need) > 0.9 * {"8": 80, "1": 24}[gpus]]
     assert not too_large

@@ -240,6 +240,28 @@ def test_dense_calls_are_the_mask(entity, monkeypatch):
     assert all(distance(a, b) < 1e-4 for a, b in zip(*grads) if b.norm() > 1e-6)
 
 
+@pytest.mark.parametrize("entity, context", [("cell:4", "random"), ("scale", "clean"), ("image", "random")])
+def test_all_blocks_are_one_graph(entity, context):
+    """Compiled block by block: nothing breaks the graph, and one serves encoder and decoder, with the eager gradients."""
+    model, graphs = small(entity), []
+    x, y, t = torch.randn(2, 1, 8, 8), torch.arange(2), torch.rand(2, len(model.sizes))
+    eps = torch.randn(2, sum(model.sizes), 1)
+
+    def gradient():
+        return torch.autograd.grad(model.loss(x, y, t, eps, context=context), model.encoder_blocks[0].attn.qkv.weight)[0]
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    expected = gradient()
+    for block in [*model.encoder_blocks, *model.decoder_blocks]:
+        block.compile(backend=backend, fullgraph=True)
+    try:
+        assert distance(gradient(), expected) < 1e-6 and len(graphs) == 1
+    finally:
+        torch._dynamo.reset()
+
+
 def test_presets_need_no_mask():
     """Their few long entities take the fast way; single tokens do not."""
     for entity, grid, dense in (("cell:8", 16, True), ("cell:8", 32, True), ("scale", 16, True), ("image", 8, True),
