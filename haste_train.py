@@ -461,8 +461,6 @@ def train(cfg, processes, stop):
         if saved and saved["steps"] >= cfg.steps:
             return
         run.make_folder(cfg.out, cfg.out)
-        if processes.main and saved is None:
-            Path(cfg.out, "ckpt.pt").unlink(missing_ok=True)                # an earlier run's: this run replaces it
         inception = processes.main_first(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
         tau = saved["tau"] if saved else first_free_step(cfg)
@@ -483,6 +481,8 @@ def train(cfg, processes, stop):
     clock = run.Clock(cfg, start, seconds)
     code = run.code_hash(*MODULES)
     checkpoint = Path(cfg.out, "ckpt.pt")
+    if processes.main and saved is None:
+        checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
     del saved
     if run.compiling(cfg, device):
         run.compile_blocks(model.blocks)

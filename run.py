@@ -323,13 +323,14 @@ def resume_point(cfg, may_change, modules, processes):
 def _where_to_resume(cfg, remedy, processes):
     """Return the path of the checkpoint that --resume means, or None."""
     own = Path(cfg.out, "ckpt.pt")
-    if cfg.resume in ("auto", "never"):
-        # After a worker has died, `own` is this run's: an older one was removed at its start.
-        resuming = cfg.resume == "auto" or processes.restarted
-        return own if resuming and own.exists() else None
+    if cfg.resume == "auto":
+        return own if own.exists() else None
+    # A worker has died: resume what this run has saved, but not an older run's checkpoint.
     if processes.restarted and own.exists():
         if _read_own(own, remedy, processes.device)["args"]["resume"] == cfg.resume:
-            return own                                                      # else it is an older run's
+            return own
+    if cfg.resume == "never":
+        return None
     path = Path(cfg.resume)
     return path / "ckpt.pt" if path.is_dir() else path
 
