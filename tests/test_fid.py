@@ -385,6 +385,7 @@ def test_statistics_stand_in_for_their_images(sources, score, tmp_path):
     assert score(tmp_path / "both.npz", sources / "other.npz", *PIXELS)[0]["fd"] == 0          # samples: its images
 
 
+@pytest.mark.slow
 def test_inception_end_to_end(sources, weights, score, tmp_path):
     fewer = tmp_path / "few.pt"
     torch.save(torch.load(sources / "tensor.pt")[:6], fewer)

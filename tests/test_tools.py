@@ -174,6 +174,7 @@ def test_alignment_does_not_grow_with_the_square():
     assert many["ours"][1] < many["straightforward"][1]
 
 
+@pytest.mark.slow
 def test_memory_of_presets():
     xl = training.config("imagenet256-xl")
     haste_train.check(xl, 1)

@@ -371,7 +371,8 @@ def test_loss_and_time_are_never_bfloat16():
 # ---- sampling
 
 @pytest.mark.parametrize("grid,entity", [(4, "cell:2"), (8, "patch"), (12, "scale"), (12, "cell:4"),
-                                         (16, "subsample:2"), (32, "cell:8"), (7, "image")])
+                                         (16, "subsample:2"), (7, "image"),
+                                         pytest.param(32, "cell:8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("channels,batch", [(1, 1), (16, 2)])
 def test_odd_geometries(grid, entity, channels, batch):
     model = small(entity, grid, channels, classes=3, dropout=0.1, attn_dropout=0.1).train()
