@@ -210,7 +210,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        table = pos_embed_2d(hidden_size, self.grid).to(torch.get_default_device())         # or torch.device("meta")
+        table = pos_embed_2d(hidden_size, self.grid).to(torch.empty(0).device)               # or torch.device("meta")
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * out_channels)

@@ -47,12 +47,25 @@ def plain_apply(module, change, recurse=True):
     return module
 
 
+def can_pretend():
+    """Older torch asks for a driver even where all tensors are fake."""
+    try:
+        a = torch.zeros(2, 2)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            return torch.cat([a.to(CUDA), torch.zeros(2, 2, device=CUDA).to(torch.half)]).is_cuda
+    except RuntimeError:
+        return False
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A pretended GPU: `with fake():` tensors on `CUDA` can be made, moved, and computed with. They have no numbers.
 
     Make models before, move them inside. Gradients are off: with them, autocast would ask for a real device.
     """
+    if not can_pretend():
+        pytest.skip("this torch cannot pretend that there is a GPU")
+
     @contextmanager
     def pretended():
         teacher._mean_std.cache_clear()                                     # what it keeps belongs to one block
@@ -484,8 +497,6 @@ def test_apples_gpus_are_chosen(monkeypatch):
     device = ddp.choose_device("mps", 0)
     assert device == torch.device("mps") and run.precision("auto", device) == "fp32"
     assert not run.compiling(SimpleNamespace(compile=None), device)
-    with run.autocast("auto", device):                                      # can be made, and does nothing
-        assert torch.zeros(1).dtype == FLOAT
 
 
 def test_processes_of_a_card(monkeypatch, fake):
