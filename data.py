@@ -92,7 +92,7 @@ class Data:
         return self.channels, self.size, self.size
 
     def fingerprint(self):
-        """Return a hash that copies of the same set share, of its labels and 16 of its samples."""
+        """Return a hash that copies of a set share, of its labels and a few of its samples."""
         rows = torch.arange(0, len(self.train), max(1, len(self.train) // 16))
         if self.packed:
             samples = self.train.moments(rows)

@@ -9,7 +9,6 @@ the run after a step.
         ...
         if stop.agreed(): break              # the same answer on every process, in the same step
 """
-import gc
 import os
 import re
 import signal
@@ -59,10 +58,12 @@ class Processes:
                                 timeout=timedelta(hours=hours), device_id=device_id)
 
     def wrap(self, model):
-        """Return what the training loop calls: the model, in DistributedDataParallel if needed."""
+        """Return what the training loop calls: the model, in DistributedDataParallel if needed.
+
+        An earlier wrapper's hooks must be gone: drop it, and collect garbage.
+        """
         if self.world == 1:
             return model
-        gc.collect()                                                        # an earlier wrapper's hooks must be gone
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -135,8 +136,8 @@ class Processes:
         first_host, first, first_error = found[0]
         for rank, (host, other, problem) in enumerate(found):
             if problem != first_error:
-                lines = [f"rank {r} (host {h}): {p}" for r, (h, _, p) in enumerate(found) if p]
-                raise ValueError(f"{lines[0]}; other processes have no such problem: {remedy}")
+                failed = [f"rank {r} (host {h}): {p}" for r, (h, _, p) in enumerate(found) if p]
+                raise ValueError(f"{failed[0]}; not all processes have this problem: {remedy}")
             for a, b in zip_longest(first, other, fillvalue="nothing"):
                 if a != b:
                     raise ValueError(f"rank {rank} (host {host}) has {b}, but rank 0 (host "
@@ -144,6 +145,12 @@ class Processes:
         if error:
             raise error
         return made
+
+    def on_main(self, make):
+        """Return make() on the first process and None on the others; all raise its error."""
+        made = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if made else None
 
     def barrier(self):
         if self.world > 1:

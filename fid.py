@@ -72,9 +72,9 @@ class Conv(tv.BasicConv2d):
         self.folded = None
         super()._load_from_state_dict(*args)
 
-    def _apply(self, *args, **kwargs):  # another device
+    def _apply(self, *args):  # another device
         self.folded = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args)
 
 
 # TensorFlow's average does not count the padding; torchvision's does.
@@ -775,7 +775,7 @@ def evaluate(args, device):
     sides = [Side(p, *main_first(open_images, p, args.crop, args.data_root)) for p in paths]
     samples, reference = [*sides, Side()][:2]
     if samples.images is not None:
-        samples.stats = None  # if a file has both
+        samples.stats = None  # a file with both: its images
     elif args.save_stats:
         raise ValueError(f"--save-stats needs images, and {args.samples} holds statistics")
 

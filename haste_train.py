@@ -461,7 +461,7 @@ def train(cfg, processes, stop):
         if saved and saved["steps"] >= cfg.steps:
             return
         run.make_folder(cfg.out, cfg.out)
-        inception = processes.main_first(lambda: evaluate.load_inception(cfg, processes.device))
+        inception = processes.on_main(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
         tau = saved["tau"] if saved else first_free_step(cfg)
         images, teacher, pairs, model, arch = build(cfg, saved, start < tau, processes)
@@ -471,7 +471,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
-            reference = evaluate.reference(images, inception) if processes.main else None
+            reference = processes.on_main(lambda: evaluate.reference(images, inception))
         log = run.Log(cfg, start, processes)
 
     device = processes.device
@@ -529,7 +529,7 @@ def train(cfg, processes, stop):
             # the last references to teacher and projector: their memory is free
             teacher = targets = total = terms = value = group = weights = net = None
             kept = drop_projector(model, ema, opt)
-            gc.collect()                                                    # a compiled module refers to itself
+            gc.collect()                                                    # compiled modules and DDP form cycles
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             net = processes.wrap(model)

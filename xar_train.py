@@ -255,7 +255,7 @@ def train(cfg, processes, stop):
         if saved and saved["steps"] >= cfg.steps:
             return
         run.make_folder(cfg.out, cfg.out)
-        inception = processes.main_first(lambda: evaluate.load_inception(cfg, processes.device))
+        inception = processes.on_main(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
         images, model, arch = build(cfg, sizes, saved, processes)
         ema, opt = training_state(cfg, model, saved)
@@ -264,7 +264,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.channels, processes.device))
-            reference = evaluate.reference(images, inception) if processes.main else None
+            reference = processes.on_main(lambda: evaluate.reference(images, inception))
         log = run.Log(cfg, start, processes)
     if saved and saved["args"]["steps"] != cfg.steps:
         processes.print(f"note: --steps was {saved['args']['steps']}; warm-up and decay are shares "

@@ -153,6 +153,7 @@ def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
     (["--data", "nowhere"], "--data nowhere is not a folder"),
     (["--teacher-weights", "nowhere.pt"], "nowhere.pt do not exist"),
     (["--teacher", "dino"], "teacher 'dino' is neither small nor"),
+    (["--eval-every", "1", "--eval-features", "inception", "--eval-weights", "nowhere.pt"], "--eval-weights nowhere.pt is"),
 ])
 def test_errors_of_many_processes_are_one_line(tmp_path, flags, message):
     text = finish(start_training(2, *flags, out=tmp_path / "run"), code=1)
@@ -286,7 +287,7 @@ def test_processes_that_find_different_checkpoints_take_no_step(kind, case, tmp_
     host = rf"\(host {re.escape(socket.gethostname())}\)"
     has = {"none": "has no checkpoint", "older": "has a checkpoint of step 2", "other flags": "has a checkpoint of step 4"}
     if case == "cut short":
-        line = rf"rank 1 {host}: .*run 1/ckpt.pt cannot be read .*; other processes have no such problem"
+        line = rf"rank 1 {host}: .*run 1/ckpt.pt cannot be read .*; not all processes have this problem"
     else:
         line = rf"rank 1 {host} {has[case]}.*, but rank 0 {host} has a checkpoint of step 4"
     assert re.search(rf"{kind[0]}: {line}.*: .*--out .* on a disk that all machines see", text)
@@ -314,7 +315,7 @@ def test_processes_with_different_flags_or_data_take_no_step(tmp_path, small_tea
     # a copy that is not there at all
     shutil.rmtree(tmp_path / "1" / "set")
     text = finish(start(words, tmp_path / "log.txt"), code=1)
-    assert re.search(r"rank 1 .*: --data set is not a folder.*; other processes have no such problem", text)
+    assert re.search(r"rank 1 .*: --data set is not a folder.*; not all processes have this problem", text)
 
 
 def test_a_run_resumes_with_another_number_of_processes(tmp_path, small_teacher):

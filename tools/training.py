@@ -378,14 +378,14 @@ def print_whole_run(seconds, cfg):
           f"{whole['ours'] / whole['straightforward']:.3f} of the time")
 
 
-def as_in_training(steps, cfg, args, device):
+def as_in_training(steps, args, device):
     """Do to our steps what the programs do: round the teacher's matrices, compile blocks."""
     ours = [step for name, step in steps.items() if "straightforward" not in name]
     teacher = ours[0].teacher
     if teacher is not None and run.precision(args.precision, device) == "bf16":
         haste_train.round_matrices(teacher)
     if args.compile:
-        for net in {step.model for step in ours} | {teacher} - {None}:
+        for net in {step.model for step in ours} | ({teacher} - {None}):
             if isinstance(net, xar.XAR):
                 run.compile_blocks([*net.encoder_blocks, *net.decoder_blocks])
             else:
@@ -420,7 +420,7 @@ def bench_train(argv):
     rate = measure.matrix_rate(device, autocast)
     shown = [name for name in steps if args.profile and name.endswith("ours")]
     expected = {name: expect(steps[name], rate, device) for name in shown}
-    as_in_training(steps, cfg, args, device)                                # after all that counts operations
+    as_in_training(steps, args, device)                                # after all that counts operations
     seconds = measure.alternate(steps, args.repeats, device)
     peaks = {name: measure.peak_bytes(step, device) for name, step in steps.items()}
     print_table(args.batch_size, seconds, flops, peaks, rate, against)
