@@ -36,6 +36,14 @@ for sample in (sit.sample_ode, sit.sample_sde):
 torch.save(model.state_dict(), "w.pt")
 assert sit.load_sit("w.pt", num_heads=2)(x, torch.rand(2), y).shape == x.shape
 """,
+    "dit.py": """
+import torch, dit
+model = lambda x, t, y: torch.cat([x, torch.zeros_like(x)], dim=1)
+x, y = torch.randn(2, 4, 8, 8, requires_grad=True), torch.arange(2)
+dit.ddpm_loss(model, x, y).backward()
+settings = dict(cfg_scale=1.5, null_label=10, guided_channels=3)
+assert dit.sample_ddpm(model, x.detach(), y, num_steps=3, **settings).shape == x.shape
+""",
     "xar.py": """
 import torch, xar
 model = xar.XAR(8, 1, 32, 1, 1, 2, 10, "cell:4")
@@ -54,6 +62,9 @@ tokens, taps = net(teacher.preprocess(images, 4), tap_layers=(1,))
 assert tokens.shape == (40, 16, 16) and taps[0][0].shape == (40, 4, 16, 4)
 net = teacher.DINOv2(embed_dim=16, depth=2, num_heads=2).resize_pos_embed(2)
 assert net.features(teacher.preprocess(images[:2], 2))[0].shape == (2, 16)
+net = teacher.ViT(32, 16, 16, 2, 2, family="mae")
+net = teacher.teacher_from_state_dict("mae", net.state_dict(), num_heads=2).resize_pos_embed((1, 3))
+assert net(net.preprocess(images[:2], (1, 3)), [1])[0].shape == (2, 3, 16)
 """,
     "vae.py": """
 import torch, vae

@@ -1,8 +1,9 @@
 """Draw what a teacher sees: patch features as colours, and where a few patches look.
 
-    python -m tools.look photo.jpg                     DINOv2, which is fetched once
-    python -m tools.look photo.jpg --teacher small     the small teacher of the digits, no download
-    python -m tools.look --teacher small               the same for four of the digits
+    python -m tools.look photo.jpg                      DINOv2, which is fetched once
+    python -m tools.look photo.jpg --teacher mae_vitb16 another one, --help lists them
+    python -m tools.look photo.jpg --teacher small      the small teacher of the digits, no download
+    python -m tools.look --teacher small                the same for four of the digits
 
 Each image gives one row of the picture: the image; its patches, similar ones in similar colours
 (first three principal components); and for each of a few patches, framed in red, its attention to
@@ -48,7 +49,7 @@ def features_and_attention(net, image, grid):
     """Return a uint8 image's patch tokens [N,D] and the last block's mean attention [N,N]."""
     net = copy.deepcopy(net).resize_pos_embed(grid)                         # always from the original table
     last = net.depth - 1
-    tokens, [(q, k)] = net(teacher.preprocess(image[None], grid), (last,))
+    tokens, [(q, k)] = net(net.preprocess(image[None], grid), (last,))
     attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)                # [1,H,N,N]
     return tokens[0], attention.mean(1)[0]
 
@@ -132,10 +133,8 @@ def read_image(path):
 
 def load_teacher(args):
     """Return the teacher that the flags name; small is trained, or found in --cache."""
-    if args.teacher != "small":
-        return teacher.load_dinov2(args.teacher, args.teacher_weights)
-    if args.teacher_weights:
-        return teacher.load_small(args.teacher_weights)
+    if args.teacher != "small" or args.teacher_weights:
+        return teacher.load_teacher(args.teacher, args.teacher_weights)
     digits = data.open_data("digits").train
     return teacher.train_small(data.to_rgb(digits.images), digits.labels, cache=args.cache)
 
@@ -189,9 +188,9 @@ def main(argv=None):
     parser.add_argument("images", nargs="*",
                         help="image files; if none is given, four of the embedded digits")
     parser.add_argument("--teacher", default="dinov2_vitb14",
-                        help="small, or dinov2_vits14, ..b14, ..l14, ..g14, each also with _reg")
+                        help=f"small, {', '.join(teacher.TEACHERS)}")
     parser.add_argument("--teacher-weights",
-                        help="file of weights; otherwise they are fetched, or small is trained")
+                        help="official file; otherwise it is fetched, or small is trained")
     parser.add_argument("--cache", default="out/cache", help="folder that keeps small teachers")
     parser.add_argument("--grid", type=int,
                         help="patches along the short side; otherwise 24, fewer for tiny images")
