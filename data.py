@@ -103,6 +103,25 @@ class Data:
             words += tensor.numpy().tobytes()
         return hashlib.sha256(words).hexdigest()[:16]
 
+    def mean(self, mirrored, most=50_000):
+        """Return the mean [C,h,w] of what a model is trained on: images in [-1, 1], or latents.
+
+        It is taken over all training images, or over `most` evenly spaced ones; each counts with
+        its mirror image if `mirrored`.
+        """
+        total = 0
+        rows = torch.arange(0, len(self.train), math.ceil(len(self.train) / most))
+        for part in rows.split(256):
+            if self.packed:
+                views, _ = self.train.moments(part).double().chunk(2, dim=2)                # [b,V,C,h,w]
+                x = self.packed["scale"] * views[:, :1 + mirrored].mean(1)
+            else:
+                x = to_pixels(self.train.read(part)[0]).double()
+                if mirrored:
+                    x = (x + x.flip(-1)) / 2
+            total = total + x.sum(0)
+        return (total / len(rows)).float()
+
     def check(self, cfg, saved, **arch):
         """Refuse data that does not fit the flags, or the checkpoint to resume from.
 

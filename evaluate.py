@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import dit
 import fid
 import run
-from data import save_grid
+import sit
+from data import save_grid, to_uint8
 
 REFERENCE_IMAGES = 10_000                                                   # compared with, at most
 BATCH = 256
@@ -111,6 +113,34 @@ def scores(samples, sets, num_classes):
     return row
 
 
+def evaluate_sit(ema, contrast, decode, reference, cfg, processes, autocast):
+    """Sample from a SiT's or DiT's averaged weights, draw OUT/samples.png, and return the scores.
+
+    cfg is haste_train.py's configuration; contrast is for sit.sample_ode, or None; decode maps
+    latents to pixels, see vae.load_decoder. Only the first process has scores, the others return
+    {}.
+    """
+    shape = (ema.in_channels, ema.input_size, ema.input_size)
+
+    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
+        labels = (rows % ema.num_classes).to(processes.device)
+        randn = run.indexed_randn(cfg.seed, rows)
+        noise = randn(torch.empty(len(rows), *shape, device=processes.device))
+        with autocast:
+            if cfg.objective == "ddpm":
+                x = dit.sample_ddpm(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg, randn=randn)
+            else:
+                x = sit.sample_ode(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg,
+                                   contrast=contrast)
+            return to_uint8(decode(x))
+
+    samples = draw_samples(cfg.eval_samples, draw, processes)
+    if not processes.main:
+        return {}
+    sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
+    return scores(samples, reference, ema.num_classes)
+
+
 def print_summary(rows, out, advice):
     """Print the last lines of a run: the scores it reached, its pictures, and what to try next."""
     scored = [row for row in rows if "fd" in row]
@@ -151,7 +181,8 @@ def growth(model, tokens, most=16):
 
 
 PANELS = {
-    "loss": "flow loss", "feature_loss": "feature loss", "attention_loss": "attention loss",
+    "loss": "loss of the objective", "feature_loss": "feature loss",
+    "attention_loss": "attention loss",
     "grad_cosine": "cosine of gradients", "fd": "Frechet distance on pixels", "fid": "FID",
     "accuracy": "accuracy",
 }

@@ -168,6 +168,31 @@ def mean_over_pairs(loss, taps_s, taps_t):
     return sum(loss(*s, *t) for s, t in zip(taps_s, taps_t, strict=True)) / len(taps_s)
 
 
+# ---- two later methods
+
+def spatial_normalise(y, gamma=0.6):
+    """Return teacher tokens with contrast between places instead of what a whole image shares.
+
+    y [B,N,D] -> (y - gamma mean) / deviation, over the N > 1 tokens of each image and channel, for
+    `feature_alignment`. This is half of iREPA (Singh et al. 2025, 2512.10794); the other half is a
+    projector that is a 3 x 3 convolution on the grid of tokens, sit.ConvProjector.
+    """
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    return (y - gamma * y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-6)
+
+
+def contrastive_term(v_hat, v, negatives):
+    """Return the mean squared distance of v_hat [b,...] to the velocities of other images: [b].
+
+    v [M,...] are target velocities, of the whole batch; negatives [b] says which one each sample is
+    to be kept away from. Contrastive flow matching (Stoica et al. 2025, 2506.05350) subtracts 0.05
+    of it from the flow loss.
+    """
+    error = v_hat - v[negatives]
+    error = error.to(torch.promote_types(error.dtype, torch.float32))
+    return error.square().flatten(1).mean(1)
+
+
 # ---- when to stop: the automatic trigger
 
 STOP_TIMES = (0.02, 0.1, 0.5, 0.8)                                          # the paper's; t = 0 is data

@@ -1,13 +1,16 @@
-"""Train SiT alone, with REPA, or with HASTE: aligned with a frozen teacher first, then set free.
+"""Train SiT or DiT alone, with REPA, or with HASTE: aligned with a teacher first, then set free.
 
     python haste_train.py                       HASTE on digits, minutes on two CPU cores
     torchrun --nproc_per_node=8 haste_train.py --preset imagenet256-xl --data PACKED
 
 Papers: HASTE (Wang et al. 2025, arXiv 2505.16792), REPA (Yu et al. 2025, 2410.06940), SiT (Ma et
-al. 2024, 2401.08740). Time runs from t = 0 (data) to t = 1 (noise). Step n = 0, 1, ... minimises
+al. 2024, 2401.08740), DiT (Peebles & Xie 2023, 2212.09748). Time runs from t = 0 (data) to t = 1
+(noise). Step n = 0, 1, ... minimises
 
     n <  tau    E|v(x_t, t, y) - v|^2  +  w_f feature alignment  +  w_a attention alignment
     n >= tau    E|v(x_t, t, y) - v|^2                       teacher and projector are gone
+
+With --objective ddpm the first term is DiT's loss (dit.py), and t is a step of 0 ... 999.
 
 Everything random in step n is drawn for the whole batch from one generator seeded by (seed, n), and
 then sliced. So results do not depend on the number of processes, up to rounding, and a resumed run
@@ -22,7 +25,6 @@ import copy
 import dataclasses
 import gc
 import math
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,16 +33,18 @@ from typing import Literal, Optional
 
 import torch
 
+import align
 import data
 import ddp
+import dit
 import evaluate
 import haste
 import run
 import sit
 import teacher as teachers
 import vae
-from haste import (attention_alignment, attention_alignment_grad, feature_alignment,
-                   gradient_cosine, mean_over_pairs)
+from haste import (attention_alignment, attention_alignment_grad, contrastive_term,
+                   feature_alignment, gradient_cosine, mean_over_pairs, spatial_normalise)
 
 PROGRAM = "haste_train.py"
 ALIGNMENT = haste.ALIGNMENT                                                 # all of HASTE's names are reachable here
@@ -69,7 +73,7 @@ class Config:
     stop_interval: int = 50  # with --stop auto: steps between two measurements of the angle
     stop_warmup: int = 100  # with --stop auto: steps before the first measurement
     stop_threshold: float = -0.05  # with --stop auto: alignment ends once the mean cosine falls below this
-    teacher: str = "small"  # small (trained here, cached), or dinov2_vits14, vitb14, vitl14, vitg14, each also _reg
+    teacher: str = "small"  # small (trained here, cached), dinov2_vitb14, or another name of teacher.py's TEACHERS
     teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
     cache: str = "out/cache"  # where small teachers are kept
@@ -77,10 +81,15 @@ class Config:
     attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
     feature_depth: Optional[int] = None  # blocks below the projector, if not the table's
     pairs: Optional[str] = None  # blocks student:teacher whose attention is aligned, as 4:8,5:9, if not the table's
-    projector_dim: int = 256  # width of the projector
-    # the flow
+    projector: Literal["mlp", "conv"] = "mlp"  # REPA's, or iREPA's convolution
+    projector_dim: int = 256  # width of REPA's projector
+    projector_kernel: int = 3  # side of iREPA's convolution, in tokens
+    spatial_norm: Optional[float] = None  # iREPA: share of their mean that tokens lose before they are scaled; 0.6
+    # the objective
+    objective: Literal["flow", "ddpm"] = "flow"  # what to predict: SiT's velocity, or DiT's noise and its variance
     path: Literal["linear", "cosine"] = "linear"  # path from data to noise
     time: Literal["uniform", "lognormal"] = "uniform"  # distribution of training times
+    contrastive: float = 0.0  # weight of contrastive flow matching; 0.05 in its paper
     label_drop: float = 0.1  # share of samples trained without their label, for classifier-free guidance
     # optimisation
     steps: int = 1000  # optimizer steps
@@ -105,7 +114,7 @@ class Config:
     save_every: int = 250  # steps between two checkpoints; 0 saves at the end only
     eval_every: int = 250  # steps between two evaluations; 0 never evaluates
     eval_samples: int = 500  # images drawn for an evaluation
-    eval_steps: int = 20  # sampling steps of an evaluation (Euler)
+    eval_steps: int = 20  # sampling steps of an evaluation (Euler; ancestral with --objective ddpm)
     eval_cfg: float = 1.0  # classifier-free guidance scale of an evaluation; 1 is none
     eval_features: Literal["pixels", "inception"] = "pixels"  # inception: also FID of the samples, on photographs
     eval_weights: Optional[str] = None  # file with Inception's weights; if not given, they are fetched
@@ -135,6 +144,8 @@ PRESETS = {
                                 steps=4_000_000),                                           # 800 epochs: FID 5.9
     "imagenet256-xl-plain": dict(IMAGENET, model="SiT-XL/2", align="none",
                                  steps=7_000_000),                                          # 1,400 epochs: FID 8.3
+    "imagenet256-dit-xl": dict(IMAGENET, objective="ddpm", model="SiT-XL/2", stop="250000",
+                               steps=400_000),                                              # 80 epochs: FID 9.33
     "imagenet512-xl": dict(IMAGENET, data="out/imagenet512", image_size=512, model="SiT-XL/2",
                            stop="300000", steps=500_000, accumulate=2),     # 1,024 tokens, teacher at 448 pixels
 }
@@ -142,24 +153,44 @@ PRESETS = {
 
 # ---- the loss of a step
 
-def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False):
-    """Return the total loss of a batch, and its terms for the log ("loss" is the flow loss alone).
+def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False, negatives=None):
+    """Return the total loss of a batch, and its terms for the log ("loss" is the objective alone).
 
     x [B,C,h,w] clean, y [B], t [B], eps like x; targets: what the teacher returns, or None if the
-    alignment has ended. With `exact`, the terms include the true value of the attention loss: it
-    costs a log-sum-exp, so only logged steps ask for it.
+    alignment has ended. negatives, with --contrastive: the velocities [M,C,h,w] of the global
+    batch, and which of them [B] each sample is kept away from. With `exact`, the terms include the
+    true value of the attention loss: it costs a log-sum-exp, so only logged steps ask for it.
     """
-    if targets is None:                                                     # from tau on: nothing but the flow loss
-        flow = sit.flow_loss(model, x, y, t, eps, cfg.path)
+    if cfg.objective == "flow" and targets is None and negatives is None:
+        flow = sit.flow_loss(model, x, y, t, eps, cfg.path)                 # from tau on: nothing else
         return flow, {"loss": flow}
 
+    tapped = []
+    if targets is not None:
+        tapped = [i for i, _ in pairs]
+    if cfg.objective == "ddpm":
+        out, z, taps_s = model(dit.noised(x, eps, t.long()), t, y, tap_layers=tapped)
+        mse, vb = dit.ddpm_terms(out, x, eps, t.long())
+        loss = (mse + vb).mean()
+        terms = {"loss": loss, "vb": vb.mean()}
+    else:
+        x_t, v = sit.interpolant(x, eps, t, cfg.path)
+        v_hat, z, taps_s = model(x_t, t, y, tap_layers=tapped)
+        loss = (v_hat.float() - v).square().mean()
+        terms = {"loss": loss}
+
+    total = loss
+    if negatives is not None:
+        terms["contrastive_term"] = contrastive_term(v_hat, *negatives).mean()
+        total = total - cfg.contrastive * terms["contrastive_term"]
+    if targets is None:
+        return total, terms
+
     tokens, taps_t = targets
-    x_t, v = sit.interpolant(x, eps, t, cfg.path)
-    v_hat, z, taps_s = model(x_t, t, y, tap_layers=[i for i, _ in pairs])
-    flow = (v_hat.float() - v).square().mean()
-    features = feature_alignment(z, tokens)
-    total = flow + cfg.feature_weight * features
-    terms = {"loss": flow, "feature_loss": features}
+    if cfg.spatial_norm is not None:
+        tokens = spatial_normalise(tokens, cfg.spatial_norm)
+    terms["feature_loss"] = feature_alignment(z, tokens)
+    total = total + cfg.feature_weight * terms["feature_loss"]
     if pairs:
         attention = mean_over_pairs(attention_alignment_grad, taps_s, taps_t)
         total = total + cfg.attention_weight * attention
@@ -172,16 +203,16 @@ def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False):
 def teacher_targets(teacher, pixels, pairs, autocast):
     """Return the teacher's tokens [b,N,D] and taps [(q, k), ...] for uint8 images [b,C,H,W]."""
     with torch.no_grad(), autocast:
-        images = teachers.preprocess(data.to_rgb(pixels), teacher.grid)
+        images = teacher.preprocess(data.to_rgb(pixels), teacher.grid)
         return teacher(images, [j for _, j in pairs])
 
 
 def random_numbers(cfg, step, shape, packed):
     """Draw every random number of a step, for the whole global batch, shape = (B, C, h, w).
 
-    Returns eps [B,C,h,w], t [B], dropped [B], mirrored [B], and the noise of the autoencoder's
-    posterior [B,C,h,w], which is empty if the data is not packed. All are drawn on the CPU, since a
-    GPU's numbers depend on its model.
+    Returns eps [B,C,h,w], t [B], dropped [B], mirrored [B], the noise of the autoencoder's
+    posterior [B,C,h,w], which is empty if the data is not packed, and for each image another one of
+    the batch [B]. All are drawn on the CPU, since a GPU's numbers depend on its model.
     """
     g = run.seeded("cpu", cfg.seed, 0, step)
     B = shape[0]
@@ -190,11 +221,15 @@ def random_numbers(cfg, step, shape, packed):
     if cfg.time == "lognormal":                                             # REPA: sigma/alpha = exp(N(0, 1))
         s = torch.randn(B, generator=g).exp()
         t = s / (1 + s) if cfg.path == "linear" else 2 / math.pi * torch.atan(s)
+    if cfg.objective == "ddpm":
+        t = (dit.NUM_STEPS * t).floor()                                     # 0 ... 999
     dropped, mirrored = torch.rand(2, B, generator=g)
     mirror_share = 0.5 if cfg.mirror else 0
     posterior_shape = shape if packed else (B, 0)
     posterior = torch.randn(posterior_shape, generator=g)
-    return eps, t, dropped < cfg.label_drop, mirrored < mirror_share, posterior
+    offset = torch.randint(1, max(2, B), (), generator=g)
+    other = (torch.arange(B) + offset) % B
+    return eps, t, dropped < cfg.label_drop, mirrored < mirror_share, posterior, other
 
 
 # ---- termination
@@ -247,7 +282,9 @@ def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
     pixels, x, y, eps = (tensor.to(device) for tensor in (pixels, x, y, eps))
 
     def losses_at(time):
-        t = torch.full((len(x),), time, device=device)
+        if cfg.objective == "ddpm":
+            time = round(dit.NUM_STEPS * time) - 1
+        t = torch.full((len(x),), float(time), device=device)
         total, terms = losses(model, x, y, t, eps, targets, pairs, cfg)
         return terms["loss"], total - terms["loss"]
 
@@ -263,7 +300,7 @@ def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
 
 def check(cfg, world):
     """Refuse impossible values before anything is loaded, and fill in the model's own sizes."""
-    run.check(cfg, world, ("stop_interval", "teacher_steps", "projector_dim"),
+    run.check(cfg, world, ("stop_interval", "teacher_steps", "projector_dim", "projector_kernel"),
               ("stop_warmup", "feature_weight", "attention_weight"))
     run.require(cfg, cfg.model in sit.SIT_CONFIGS, "model",
                 "must be SiT-Ti, S, B, L or XL, with patch /1, /2, /4 or /8, as SiT-B/2")
@@ -271,6 +308,22 @@ def check(cfg, world):
                 "must be a number of steps, auto or never")
     run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
                 "must be 1 or more")
+    if cfg.objective == "ddpm":
+        refuse_changed(cfg, ("path", "time", "contrastive"),
+                       "is for --objective flow: leave it out")
+        run.require(cfg, cfg.eval_steps <= dit.NUM_STEPS, "eval_steps",
+                    f"must lie in 1 ... {dit.NUM_STEPS}")
+    if cfg.align == "none":
+        refuse_changed(cfg, ("projector", "spatial_norm"), "is for an alignment: leave it out")
+    if cfg.contrastive:
+        run.require(cfg, 0 < cfg.contrastive < 1, "contrastive", "must lie in [0, 1)")
+        run.require(cfg, cfg.path == "linear", "contrastive", "is for --path linear")
+        run.require(cfg, cfg.batch_size > 1, "contrastive", "needs a --batch-size of 2 or more")
+    run.require(cfg, cfg.spatial_norm is None or 0 <= cfg.spatial_norm <= 1, "spatial_norm",
+                "must lie in [0, 1]")
+    run.require(cfg, cfg.projector_kernel % 2 == 1, "projector_kernel", "must be odd, as 3")
+    if cfg.projector == "mlp":
+        refuse_changed(cfg, ("projector_kernel",), "is for --projector conv")
     for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
         if getattr(cfg, name) is None:
             setattr(cfg, name, sit.SIT_CONFIGS[cfg.model][name])
@@ -278,77 +331,19 @@ def check(cfg, world):
     run.require(cfg, fits, "hidden_size",
                 f"must be a multiple of 4 and of --num-heads {cfg.num_heads}")
     if cfg.align != "none":
-        choose_layers(cfg)                                                  # raises if the flags are impossible
+        align.choose_layers(cfg)                                            # raises if the flags are impossible
 
 
-def choose_layers(cfg, teacher_depth=None):
-    """Return the feature depth and the pairs: the table's (haste.ALIGNMENT), or those of the flags.
-
-    Without `teacher_depth`, check only what can be checked before there is a teacher.
-    """
-    size = cfg.model.split("/")[0]
-    features_only = cfg.align == "repa"
-    feature_depth, pairs = layer_map(size, teacher_depth or haste.TABLE_DEPTH, features_only)
-    feature_depth = cfg.feature_depth or feature_depth
-    if not 1 <= feature_depth <= cfg.depth:
-        raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {cfg.depth}, the "
-                         f"depth of the model")
-    if cfg.pairs:
-        found = re.findall(r"(\d+):(\d+)", cfg.pairs)
-        if ",".join(map(":".join, found)) != cfg.pairs:
-            raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher "
-                             f"block)")
-        if not features_only:
-            pairs = [(int(s), int(t)) for s, t in found]
-    bad = [f"{s}:{t}" for s, t in pairs if s >= cfg.depth or t >= (teacher_depth or math.inf)]
-    if bad:
-        known = f"student blocks are 0 ... {cfg.depth - 1}"
-        if teacher_depth:
-            known += f", teacher blocks 0 ... {teacher_depth - 1}"
-        raise ValueError(f"--pairs {','.join(bad)}: {known}")
-    return feature_depth, pairs
+def refuse_changed(cfg, names, remedy):
+    """Raise ValueError if one of these flags does not have its default."""
+    for name in names:
+        run.require(cfg, getattr(cfg, name) == getattr(Config, name), name, remedy)
 
 
-SMALL_TEACHER_BYTES = 2 ** 31                                               # images that it holds in memory, at most
-SMALL_TEACHER_IMAGES = 50_000
-
-
-def make_teacher(cfg, images, grid, processes):
-    """Return the frozen teacher, with its position embedding on the student's token grid."""
-    def trained():
-        print(f"preparing the small teacher (trained once, then kept in {cfg.cache})", flush=True)
-        # all images of a small set, evenly spaced ones of a large set
-        fit = SMALL_TEACHER_BYTES // (3 * images.size ** 2)
-        count = min(len(images.train), SMALL_TEACHER_IMAGES, fit)
-        stride = math.ceil(len(images.train) / count)
-        pixels, labels = images.train.read(torch.arange(0, len(images.train), stride))
-        net = teachers.train_small(data.to_rgb(pixels), labels, grid, steps=cfg.teacher_steps,
-                                   cache=cfg.cache, device=processes.device)
-        return net.cpu()                                                    # to be sent to the other processes
-
-    if cfg.teacher != "small":
-        net = processes.main_first(lambda: teachers.load_dinov2(cfg.teacher, cfg.teacher_weights))
-    elif cfg.teacher_weights:
-        net = teachers.load_small(cfg.teacher_weights)
-    else:
-        net = processes.from_main(trained)
-    net = net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
-    if run.precision(cfg.precision, processes.device) == "bf16":
-        round_matrices(net)
-    return net
-
-
-def round_matrices(net):
-    """Round the weights of Linear layers to bfloat16, as autocast would in every step."""
-    for layer in net.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.bfloat16()
-
-
-def build(cfg, saved, guided, processes):
+def build(cfg, saved, aligned, processes):
     """Return the data, the teacher and its layer pairs, the model, and the model's arguments.
 
-    There is no teacher and there are no pairs unless `guided`.
+    There is no teacher and there are no pairs unless `aligned`.
     """
     images = data.open_alike(cfg, processes)
     channels, side, _ = images.shape
@@ -361,6 +356,9 @@ def build(cfg, saved, guided, processes):
         raise ValueError(f"--image-size {images.size} must be a multiple of {factor * patch} "
                          f"({vae_factor}patch {patch} of --model {cfg.model})")
     images.check(cfg, saved, input_size=side, in_channels=channels)
+    if cfg.spatial_norm is not None and side == patch:
+        raise ValueError(f"--spatial-norm {cfg.spatial_norm} needs more than one token: choose a "
+                         f"--model with a smaller patch")
 
     teacher = None
     pairs = []
@@ -369,16 +367,20 @@ def build(cfg, saved, guided, processes):
                 hidden_size=cfg.hidden_size, num_heads=cfg.num_heads,
                 num_classes=len(images.classes), qk_norm=cfg.qk_norm,
                 projector_dim=cfg.projector_dim)
+    if cfg.objective == "ddpm":
+        arch.update(learn_sigma=True, keep_sigma=True)
     if saved:
         arch = saved["arch"]
     elif cfg.init:
         initial = processes.main_first(lambda: sit.load_sit(run.checkpoint_file(cfg.init, "init"),
-                                                            cfg.num_heads))
+                                                            cfg.num_heads, cfg.objective))
         arch.update(learn_sigma=initial.learn_sigma, flip_time=initial.flip_time)
-    if guided:
-        teacher = make_teacher(cfg, images, side // patch, processes)
-        feature_depth, pairs = choose_layers(cfg, teacher.depth)
+    if aligned:
+        teacher = align.make_teacher(cfg, images, side // patch, processes)
+        feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
         arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
+        if cfg.projector == "conv":
+            arch.update(projector_kernel=cfg.projector_kernel)
 
     torch.manual_seed(cfg.seed)
     model = sit.SiT(**arch)
@@ -427,30 +429,10 @@ def training_state(cfg, model, saved):
     return ema, opt, kept
 
 
-# ---- evaluation
-
-def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
-    """Sample from the averaged weights, draw OUT/samples.png, and return scores for the log."""
-    shape = (ema.in_channels, ema.input_size, ema.input_size)
-
-    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
-        labels = (rows % ema.num_classes).to(processes.device)
-        randn = sit.indexed_randn(cfg.seed, rows)
-        noise = randn(torch.empty(len(rows), *shape, device=processes.device))
-        with autocast:
-            x = sit.sample_ode(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg)
-            return data.to_uint8(decode(x))
-
-    samples = evaluate.draw_samples(cfg.eval_samples, draw, processes)
-    if not processes.main:
-        return {}
-    evaluate.sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
-    return evaluate.scores(samples, reference, ema.num_classes)
-
-
 # ---- the program
 
-MODULES = (haste, sit, teachers, data, run, sys.modules[__name__])          # their changes are reported on resume
+# changes of their code are reported on resume
+MODULES = (haste, sit, dit, teachers, align, data, run, sys.modules[__name__])
 
 
 def train(cfg, processes, stop):
@@ -466,6 +448,10 @@ def train(cfg, processes, stop):
         tau = saved["tau"] if saved else first_free_step(cfg)
         images, teacher, pairs, model, arch = build(cfg, saved, start < tau, processes)
         ema, opt, kept = training_state(cfg, model, saved)
+        contrast = saved.get("contrast") if saved else None                 # what guided sampling needs
+        if cfg.contrastive and saved is None:
+            processes.print("taking the mean of the training images, for --contrastive")
+            contrast = cfg.contrastive, processes.from_main(lambda: images.mean(cfg.mirror))
         packed = images.packed                                              # None, or what data.json says
         decode = reference = None
         if cfg.eval_every:
@@ -538,27 +524,32 @@ def train(cfg, processes, stop):
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
         with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
             pixels, moments, y, numbers = next(feed)
-        eps, t, dropped, mirrored, posterior = numbers
+        eps, t, dropped, mirrored, posterior, other = numbers
         pixels = data.mirror(pixels, mirrored)                              # [b,C,H,W] uint8, or None
         y = torch.where(dropped, model.num_classes, y)                      # no label: for classifier-free guidance
         if packed:
             x = data.to_latents(moments, mirrored, posterior, packed["scale"])              # [b,C,h,w]
         else:
             x = data.to_pixels(pixels)
+        velocities = None
+        if cfg.contrastive:
+            velocities = processes.gather(sit.interpolant(x, eps, t)[1])    # [B,C,h,w]
 
         # 3. forward and backward, in `accumulate` parts
         sums = {}
         for i in range(0, per_process, part):
             rows = slice(i, i + part)
-            targets = None
+            targets = negatives = None
             if teacher is not None:
                 targets = teacher_targets(teacher, pixels[rows], pairs, autocast)
+            if cfg.contrastive:
+                negatives = velocities, other[rows]
             last_part = i + part == per_process
             sync = nullcontext() if world == 1 or last_part else net.no_sync()              # once a step is enough
             with sync:
                 with autocast:
                     total, terms = losses(net, x[rows], y[rows], t[rows], eps[rows], targets,
-                                          pairs, cfg, exact=logging)
+                                          pairs, cfg, logging, negatives)
                 (total / cfg.accumulate).backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach() / cfg.accumulate
@@ -585,7 +576,8 @@ def train(cfg, processes, stop):
         row = {"step": done, **dict(zip([*sums, "grad_norm"], means)), "lr": lr, **clock.read(done),
                **extra}
         if evaluating:
-            row.update(evaluate_ema(ema, decode, reference, cfg, processes, autocast))
+            row.update(evaluate.evaluate_sit(ema, contrast, decode, reference, cfg, processes,
+                                             autocast))
         if logging:
             picture = Path(cfg.out, "samples.png") if evaluating else None
             log.write(row, clock.left(done), picture)
@@ -594,7 +586,8 @@ def train(cfg, processes, stop):
                 "model": {**model.state_dict(), **kept["model"]},
                 "ema": {**ema.state_dict(), **kept["ema"]}, "opt": opt.state_dict(),
                 "args": dataclasses.asdict(cfg), "arch": arch, "steps": done, "tau": tau,
-                "seconds": clock.seconds, "code": code, "packed_from": packed})
+                "seconds": clock.seconds, "code": code, "packed_from": packed,
+                "contrast": contrast})
         if saving:
             last_good = checkpoint
         if stopping:
@@ -615,7 +608,8 @@ def train(cfg, processes, stop):
 
 
 def main(argv=None):
-    cfg = run.parse(Config, argv, PROGRAM, "Train SiT alone, with REPA, or with HASTE.", PRESETS)
+    cfg = run.parse(Config, argv, PROGRAM, "Train SiT or DiT alone, with REPA, or with HASTE.",
+                    PRESETS)
     with run.one_line_errors(PROGRAM):
         processes = ddp.Processes(cfg.device)
     try:

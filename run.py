@@ -28,10 +28,14 @@ import torch
 CHECKPOINTS = {
     "repa-xl": "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
                "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
+    "dit-xl-256": "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt",
+    "dit-xl-512": "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt",
     "xar-b": "https://huggingface.co/OliverRen/xAR/resolve/main/xAR-B.pth",
     "xar-l": "https://huggingface.co/OliverRen/xAR/resolve/main/xAR-L.pth",
     "xar-h": "https://huggingface.co/OliverRen/xAR/resolve/main/xAR-H.pth",
 }
+# Those that predict noise, although their files do not say so: --objective ddpm.
+DITS = ("dit-xl-256", "dit-xl-512")
 
 
 # ---- flags from a dataclass
@@ -168,6 +172,24 @@ def seeded(device, *words):
     """Return a torch.Generator whose numbers depend on non-negative integers, e.g. (seed, step)."""
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed))
+
+
+def indexed_randn(seed, indices):
+    """Return randn(like) whose numbers for sample i depend on (seed, indices[i]) alone.
+
+    So an image does not depend on the batch, the process or the order in which it is drawn. These
+    are numpy's generators because torch's CPU generator keeps 32 bits of a seed: among 50,000
+    samples two would probably share theirs.
+    """
+    rngs = [np.random.default_rng([seed, int(i)]) for i in indices]
+
+    def randn(like):                                                        # [B,...]
+        noise = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
+        noise = torch.from_numpy(np.stack(noise))
+        if like.is_cuda:                                                    # a copy from pinned memory need not wait
+            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
+        return noise.to(like.device, like.dtype)
+    return randn
 
 
 def precision(wanted, device):

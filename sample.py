@@ -1,7 +1,8 @@
-"""Draw samples from any checkpoint, SiT's or xAR's: a picture, an animation, or tens of thousands.
+"""Draw samples from any checkpoint of SiT, DiT or xAR: a picture, an animation, or thousands.
 
     python sample.py --ckpt out/ckpt.pt --cfg 1.5               a grid of 100 samples: out/grid.png
     python sample.py --ckpt out/ckpt.pt --out out/noise.gif     the same grid on its way from noise
+    python sample.py --ckpt dit-xl-256 --cfg 1.5 --guided-channels 3        a published DiT
     torchrun --nproc_per_node=8 sample.py --ckpt xar-b --samples 50000 --cfg 2.7 --out xar-b.npz
 
 The names of the checkpoint's tensors say which model it holds. Sample i depends on (--seed, i)
@@ -18,6 +19,7 @@ import torch
 
 import data
 import ddp
+import dit
 import evaluate
 import fid
 import run
@@ -26,7 +28,7 @@ import vae
 import xar
 
 PROGRAM = "sample.py"
-SIT_STEPS = 250
+SIT_STEPS = 250                                                             # and DiT's
 XAR_STEPS = 40
 FRAMES = 20                                                                 # of an animation
 FRAME_MS = 100                                                              # each is shown so long, the last one longer
@@ -50,6 +52,11 @@ def parse_args(argv):
         help=f"sampling steps; if not given, {SIT_STEPS} (xAR: {XAR_STEPS} an entity)")
     add("--path", choices=("linear", "cosine"),
         help="path, if the checkpoint does not say; SiT only")
+    add("--objective", choices=("flow", "ddpm"),
+        help="flow: SiT, ddpm: DiT; if not given, what the checkpoint says, else flow")
+    add("--guided-channels", type=int,
+        help="--cfg acts on the first ones of the noise; DiT only, all if not given; 3 made its "
+             "published figures")
     add("--label", type=int, help="class of all images")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="classes in turn, or random ones that depend on the index")
@@ -71,7 +78,7 @@ def parse_args(argv):
 def check(args):
     """Refuse impossible flags; fill in --out and --samples."""
     for name, least in (("samples", 1), ("steps", 1), ("batch_size", 1), ("seed", 0),
-                        ("num_heads", 1), ("label", 0)):
+                        ("num_heads", 1), ("label", 0), ("guided_channels", 1)):
         value = getattr(args, name)
         run.require(args, value is None or value >= least, name, f"must be {least} or more")
     run.check_precision(args)
@@ -88,42 +95,56 @@ def check(args):
 
 # ---- models: each has a function that draws latents, and one that also shows the way there
 
-def load_model(path, num_heads):
-    """Load the model of a checkpoint, in eval mode; the names of its tensors say which one."""
+def load_model(path, num_heads, objective=None):
+    """Load the model of a checkpoint, in eval mode; the names of its tensors say which one.
+
+    `objective` is for a SiT or DiT whose file does not say which of them it is.
+    """
     content = sit.read_checkpoint(path)
     content = content if isinstance(content, dict) else {}
     weights = content.get("model_ema", content.get("ema", content))
     if "z_proj.weight" in weights:
         return xar.load_xar(path, num_heads)
     if "x_embedder.proj.weight" in weights:
-        return sit.load_sit(path, num_heads)
+        return sit.load_sit(path, num_heads, objective)
     raise ValueError(f"{path}: holds neither a SiT nor an xAR")
 
 
+def kind_of(model):
+    if isinstance(model, xar.XAR):
+        return "xAR"
+    return "DiT" if model.objective == "ddpm" else "SiT"
+
+
 def draw_sit(model, args, rows, labels, watch=None):
-    """Return latents [b,C,h,w]; watch(x), if given, sees the states that lead there."""
+    """Return latents [b,C,h,w] of a SiT or DiT.
+
+    watch(x), if given, sees the states that lead there.
+    """
     shape = (model.in_channels, model.input_size, model.input_size)
     device = model.pos_embed.device
-    randn = sit.indexed_randn(args.seed, rows)
+    randn = run.indexed_randn(args.seed, rows)
     noise = randn(torch.empty(len(rows), *shape, device=device))
 
-    def velocity(x, t, y):
+    def network(x, t, y):
         if watch is not None:
             watch(x[:len(rows)])                                            # with guidance, the rest is a copy
         return model(x, t, y)
 
-    settings = dict(num_steps=args.steps, cfg_scale=args.cfg, cfg_interval=args.interval,
-                    null_label=model.num_classes)
+    labels = labels.to(device)
+    settings = dict(num_steps=args.steps, cfg_scale=args.cfg, null_label=model.num_classes)
+    if kind_of(model) == "DiT":
+        return dit.sample_ddpm(network, noise, labels, guided_channels=args.guided_channels,
+                               randn=randn, **settings)
+    settings.update(cfg_interval=args.interval, contrast=model.contrast)
     if args.sampler == "sde":
-        return sit.sample_sde(velocity, noise, labels.to(device), path=args.path, randn=randn,
-                              **settings)
-    return sit.sample_ode(velocity, noise, labels.to(device), heun=args.sampler == "heun",
-                          **settings)
+        return sit.sample_sde(network, noise, labels, path=args.path, randn=randn, **settings)
+    return sit.sample_ode(network, noise, labels, heun=args.sampler == "heun", **settings)
 
 
 def draw_xar(model, args, rows, labels):
     """Return latents [b,C,h,w]."""
-    return model.sample(labels, args.steps, args.cfg, xar.indexed_randn(args.seed, rows))
+    return model.sample(labels, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
 
 
 def states_of_sit(model, args, rows, labels):
@@ -136,22 +157,40 @@ def states_of_sit(model, args, rows, labels):
 
 def states_of_xar(model, args, rows, labels):
     """Return at most FRAMES states [b,C,h,w], each with more entities than the one before."""
-    tokens = model.sample_tokens(labels, args.steps, args.cfg, xar.indexed_randn(args.seed, rows))
+    tokens = model.sample_tokens(labels, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
     return list(evaluate.growth(model, tokens, FRAMES).unbind(1))
 
 
+# flags that not every model has
+FLAGS_OF = {"interval": "SiT", "sampler": "SiT", "path": "SiT", "objective": "SiT and DiT",
+            "guided_channels": "DiT"}
+
+
 def fill_in(args, model):
-    """Set what --steps and the flags of SiT alone mean for this model. Raises ValueError."""
-    if isinstance(model, sit.SiT):
-        args.steps = args.steps or SIT_STEPS
+    """Set what --steps and the flags of FLAGS_OF mean for this model. Raises ValueError."""
+    kind = kind_of(model)
+    article = "an" if kind == "xAR" else "a"
+    for name, kinds in FLAGS_OF.items():
+        run.require(args, getattr(args, name) is None or kind in kinds, name,
+                    f"is for {kinds}, and {args.ckpt} holds {article} {kind}: leave it out")
+    if kind == "xAR":
+        args.steps = args.steps or XAR_STEPS
+        return
+    args.steps = args.steps or SIT_STEPS
+    args.objective = model.objective
+    if kind == "SiT":
         args.interval = args.interval or [0.0, 1.0]
         args.sampler = args.sampler or "sde"
         args.path = args.path or model.path
         return
-    args.steps = args.steps or XAR_STEPS
-    for name in ("interval", "sampler", "path"):
-        run.require(args, getattr(args, name) is None, name,
-                    f"is for SiT, and {args.ckpt} holds an xAR: leave it out")
+    run.require(args, args.steps <= dit.NUM_STEPS, "steps",
+                f"must be at most {dit.NUM_STEPS}, the steps that a DiT was trained with")
+    run.require(args, args.guided_channels is None or args.cfg != 1, "guided_channels",
+                "is for guidance: give --cfg, too")
+    C = model.in_channels
+    args.guided_channels = args.guided_channels or C
+    run.require(args, args.guided_channels <= C, "guided_channels",
+                f"must be at most {C}, the channels of {args.ckpt}")
 
 
 def labels_of(args, rows, num_classes):
@@ -169,7 +208,10 @@ def labels_of(args, rows, num_classes):
 def sample(args, processes):
     device = processes.device
     path = processes.main_first(lambda: run.checkpoint_file(args.ckpt, "ckpt"))
-    model = load_model(path, args.num_heads).to(device)
+    objective = args.objective
+    if objective is None and args.ckpt in run.DITS:
+        objective = "ddpm"
+    model = load_model(path, args.num_heads, objective).to(device)
     fill_in(args, model)
     if isinstance(model, sit.SiT):
         channels = model.in_channels
@@ -242,7 +284,9 @@ def settings_of(args, model, processes):
     """Return a line of JSON that says what the samples are; only the first process needs it."""
     if not processes.main:
         return None
-    free = ("ckpt", "samples", "batch_size", "device", "out")
+    free = {"ckpt", "samples", "batch_size", "device", "out"}
+    if kind_of(model) != "DiT":                                             # older files of others know nothing of them
+        free |= {"objective", "guided_channels"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["precision"] = run.precision(args.precision, processes.device)
     settings["weights"] = run.weights_hash(model)

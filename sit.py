@@ -3,11 +3,11 @@
     model = sit.SiT(input_size=32, in_channels=4, num_classes=1000, **sit.SIT_CONFIGS["SiT-XL/2"])
     loss = sit.flow_loss(model, x, y, label_drop=0.1)           # training: x [B,C,h,w], y [B]
     x = sit.sample_sde(model, noise, y, cfg_scale=1.8, cfg_interval=(0, 0.7))
-    model = sit.load_sit("SiT-XL-2-256.pt")     # SiT's, REPA's, HASTE's checkpoints, and ours
+    model = sit.load_sit("SiT-XL-2-256.pt")     # SiT's, REPA's, HASTE's, DiT's checkpoints, ours
 
 Papers: SiT (Ma et al. 2024, arXiv 2401.08740), DiT's adaLN-Zero blocks (Peebles & Xie 2023,
-2212.09748), guidance interval (Kynkaanniemi et al. 2024, 2404.07724), REPA's projector (Yu et al.
-2025, 2410.06940).
+2212.09748), guidance interval (Kynkaanniemi et al. 2024, 2404.07724), the projectors of REPA (Yu et
+al. 2025, 2410.06940) and iREPA (Singh et al. 2025, 2512.10794).
 
 Time runs from t = 0 (data) to t = 1 (noise).
     linear path   x_t = (1 - t) x + t eps                   v = dx_t/dt = eps - x
@@ -60,7 +60,7 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times t [B] in [0, 1] -> [B,D]. Unlike DiT's, t is not multiplied by 1000."""
+    """Embed times t [B] -> [B,D]: SiT's lie in [0, 1], DiT's are the integer steps 0 ... 999."""
 
     def __init__(self, hidden_size, frequencies=128):
         super().__init__()
@@ -167,6 +167,20 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class ConvProjector(nn.Module):
+    """iREPA's projector: one convolution on the square grid of tokens, [B,N,D] -> [B,N,z_dim]."""
+
+    def __init__(self, hidden_size, z_dim, kernel=3):
+        super().__init__()
+        self.projection_layer = nn.Conv2d(hidden_size, z_dim, kernel, padding=kernel // 2)
+
+    def forward(self, h):
+        B, N, D = h.shape
+        g = math.isqrt(N)
+        z = self.projection_layer(h.transpose(1, 2).reshape(B, D, g, g))
+        return z.flatten(2).transpose(1, 2)                                 # [B,z_dim,g,g] -> [B,N,z_dim]
+
+
 # ---- the model
 
 class SiT(nn.Module):
@@ -180,13 +194,16 @@ class SiT(nn.Module):
                projector
         taps   [(q, k), ...] of the blocks in L, each [B,H,N,d], after their norms, unscaled
 
+    The projector is REPA's, `projector_dim` wide, or with `projector_kernel` iREPA's convolution.
     `learn_sigma`, `flip_time`: the original SiT predicts 2C channels, and its time runs the other
-    way. Raises ValueError if the sizes do not fit one another.
+    way. `keep_sigma`: a DiT (dit.py) returns all 2C, and its t is the integer step. Raises
+    ValueError if the sizes do not fit one another.
     """
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
-                 num_classes, *, qk_norm=False, learn_sigma=False, flip_time=False, z_dim=None,
-                 projector_dim=2048, encoder_depth=8):
+                 num_classes, *, qk_norm=False, learn_sigma=False, flip_time=False,
+                 keep_sigma=False, z_dim=None, projector_dim=2048, encoder_depth=8,
+                 projector_kernel=None):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input size {input_size} must be a multiple of the patch size "
@@ -197,6 +214,8 @@ class SiT(nn.Module):
         if z_dim is not None and not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder depth {encoder_depth} must lie in 1 ... {depth}, the depth "
                              f"of the model")
+        if keep_sigma and not learn_sigma:
+            raise ValueError("keep_sigma needs learn_sigma")
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -205,6 +224,7 @@ class SiT(nn.Module):
         self.encoder_depth = encoder_depth                                  # blocks below the projector, REPA's name
         self.learn_sigma = learn_sigma
         self.flip_time = flip_time
+        self.keep_sigma = keep_sigma
         out_channels = in_channels * (1 + learn_sigma)
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -216,16 +236,19 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * out_channels)
         self.projectors = None
         if z_dim is not None:
-            projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-                                      nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-                                      nn.Linear(projector_dim, z_dim))
+            if projector_kernel is None:
+                projector = nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+                                          nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+                                          nn.Linear(projector_dim, z_dim))
+            else:
+                projector = ConvProjector(hidden_size, z_dim, projector_kernel)
             self.projectors = nn.ModuleList([projector])                    # a list of one: the official names
         self.initialize()
 
     def initialize(self):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))                # the patch convolution as a matrix
+                nn.init.xavier_uniform_(m.weight.flatten(1))                # a convolution as a matrix
                 nn.init.zeros_(m.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -265,7 +288,8 @@ class SiT(nn.Module):
         p = self.patch_size
         v = tokens.view(-1, g, g, p, p, tokens.shape[2] // p ** 2)
         v = v.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, g * p, g * p)
-        v = v[:, :self.in_channels]                                         # the original SiT's second half is unused
+        if not self.keep_sigma:
+            v = v[:, :self.in_channels]                                     # the original SiT's second half is unused
         return -v if self.flip_time else v
 
 
@@ -322,11 +346,14 @@ def _as_state(x):
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def _guided(velocity, y, dtype, cfg_scale, null_label):
+def _guided(velocity, y, dtype, cfg_scale, null_label, contrast):
     """Return f(x, t, guide) -> velocity in the state's dtype.
 
     With `guide` it is u + w (c - u), from evaluations with label (c) and without (u); else c alone.
     """
+    if contrast is not None:
+        weight, mean = contrast
+        mean = _as_state(mean.to(y.device))
     null = null_label
     if null is None:
         null = getattr(velocity, "num_classes", None)
@@ -343,21 +370,25 @@ def _guided(velocity, y, dtype, cfg_scale, null_label):
         labels = torch.cat([y, torch.full_like(y, null)])                   # [2B]: with label, then without
         v = velocity(torch.cat([x, x]), torch.cat([ts, ts]), labels)
         c, u = _as_state(v).chunk(2)
-        return u + cfg_scale * (c - u)
+        v = u + cfg_scale * (c - u)
+        if contrast is None:
+            return v
+        return (1 - weight) * v - weight * mean                             # (1 - w) v + w E[v], E[v] = -E[x]
     return f
 
 
 @torch.no_grad()
 def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0),
-               null_label=None, heun=False):
+               null_label=None, heun=False, contrast=None):
     """Integrate dx = v dt (SiT eq. 2) from t = 1 to t = 0, in uniform steps of Euler or Heun.
 
     x [B,...] is noise, y [B] class ids; the result is like x.
     velocity(x, t [B], y [B]) returns v. Guidance acts if cfg_scale != 1 and low <= t <= high.
     Heun's last step is Euler's, and its second evaluation keeps the guidance decision of the
-    step's start.
+    step's start. `contrast` is for a model of contrastive flow matching (2506.05350): its weight
+    and the mean of its data [C,h,w], with which guided velocities are corrected.
     """
-    f = _guided(velocity, y, x.dtype, cfg_scale, null_label)
+    f = _guided(velocity, y, x.dtype, cfg_scale, null_label, contrast)
     state = _as_state(x)
     times = np.linspace(1, 0, num_steps + 1).tolist()
     for i in range(num_steps):
@@ -373,7 +404,8 @@ def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1
 
 @torch.no_grad()
 def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0),
-               null_label=None, path="linear", last_step=0.04, randn=torch.randn_like):
+               null_label=None, path="linear", last_step=0.04, randn=torch.randn_like,
+               contrast=None):
     """Integrate the reverse SDE (SiT eq. 4, w_t = 2t) from t = 1 to t = 0.
 
         dx = (v - w_t s / 2) dt + sqrt(w_t) dW
@@ -383,7 +415,7 @@ def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 
     last step has no noise. randn(like) draws each step's noise. The rest is as in
     `sample_ode`.
     """
-    f = _guided(velocity, y, x.dtype, cfg_scale, null_label)
+    f = _guided(velocity, y, x.dtype, cfg_scale, null_label, contrast)
     state = _as_state(x)
     times = [*np.linspace(1, last_step, num_steps).tolist(), 0.0]
     for i in range(num_steps):
@@ -400,24 +432,6 @@ def sample_sde(velocity, x, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 
         if i < num_steps - 1:
             state = state + math.sqrt(w * -dt) * randn(state)
     return state.to(x.dtype)
-
-
-def indexed_randn(seed, indices):
-    """Return randn(like) whose numbers for sample i depend on (seed, indices[i]) alone.
-
-    So an image does not depend on the batch, the process or the order in which it is drawn. These
-    are numpy's generators because torch's CPU generator keeps 32 bits of a seed: among 50,000
-    samples two would probably share theirs.
-    """
-    rngs = [np.random.default_rng([seed, int(i)]) for i in indices]
-
-    def randn(like):                                                        # [B,...]
-        noise = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
-        noise = torch.from_numpy(np.stack(noise))
-        if like.is_cuda:                                                    # a copy from pinned memory need not wait
-            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
-        return noise.to(like.device, like.dtype)
-    return randn
 
 
 # ---- checkpoints
@@ -456,6 +470,7 @@ def _unwrap(content):
     sd = _as_dict(content.get("ema", content))
     config = {**_as_dict(content.get("args")), **_as_dict(content.get("arch"))}
     config["packed_from"] = content.get("packed_from")
+    config["contrast"] = content.get("contrast")
     if "x_embedder.proj.weight" not in sd:
         raise ValueError("holds no SiT (no tensor named x_embedder.proj.weight)")
     if not any(name.startswith("decoder_blocks.") for name in sd):
@@ -490,18 +505,41 @@ def _heads(asked, config, D, q_norm):
     return heads
 
 
-def load_sit(path, num_heads=None):
+@torch.no_grad()
+def _sure_objective(raw):
+    """Return the objective of a network of 2C outputs, "flow" or "ddpm", None if that is unclear.
+
+    raw: without flip_time. On pure noise x the original SiT returns about -x at its time 0, a DiT
+    about x at step 999. Time 0 counts first: 999 is not a time that a SiT knows.
+    """
+    shape = (raw.in_channels, raw.input_size, raw.input_size)
+    B = -(-1024 // math.prod(shape))                                        # enough numbers for a correlation
+    x = torch.randn(B, *shape, generator=torch.Generator().manual_seed(0))
+    null = torch.full((B,), raw.num_classes)
+    for objective, t, sign in (("flow", 0.0, -1), ("ddpm", 999.0, 1)):
+        out = raw(x, torch.full((B,), t), null)[:, :raw.in_channels]
+        correlation = torch.stack([x, out]).flatten(1).corrcoef()[0, 1]     # nan for a new network's zeros
+        if sign * correlation > 0.5:
+            return objective
+    return None
+
+
+def load_sit(path, num_heads=None, objective=None):
     """Load a SiT from any checkpoint: ours, REPA's, HASTE's (old names or new), the original SiT's.
 
     Eval mode, t = 1 is noise. Geometry comes from the tensors, the number of heads from
     `num_heads`, our configuration, or the table by width. The place of REPA's projector is not in
-    the tensors: 8 blocks, unless the file says so. `model.path` is the path it was trained
-    on, and `model.packed_from` describes the autoencoder of its latents, if the file says so.
+    the tensors: 8 blocks, unless the file says so. A DiT's file looks like the original SiT's: it
+    is loaded with `objective` "ddpm", or if it says so itself. What else the file says becomes
+    attributes: `objective` and `path` of its training, `packed_from`, the autoencoder of its
+    latents, and `contrast` for the samplers.
     Raises FileNotFoundError or ValueError, one line that names the file.
     """
+    if objective not in (None, "flow", "ddpm"):
+        raise ValueError(f"objective {objective!r} must be flow or ddpm")
     content = read_checkpoint(path)
     try:
-        model = _from_content(content, num_heads)
+        model = _from_content(content, num_heads, objective)
     except KeyError as e:
         raise ValueError(f"{path}: the SiT in it has no tensor {e}") from None
     except ValueError as e:
@@ -509,29 +547,47 @@ def load_sit(path, num_heads=None):
     return model.eval()
 
 
-def _from_content(content, num_heads):
+def _from_content(content, num_heads, objective):
     sd, config = _unwrap(content)
     D, C, p, _ = sd["x_embedder.proj.weight"].shape
     depth = _count_blocks(sd)
     q_norm = sd.get("blocks.0.attn.q_norm.weight")                          # [d]
-    # The original SiT predicts 2C channels, and its time runs from noise to data.
-    original = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C
+    doubled = sd["final_layer.linear.weight"].shape[0] == 2 * p * p * C
+    said = config.get("objective")                                          # ours says so itself
+    if config.get("flip_time") or not doubled:
+        said = "flow"
+    if said and objective not in (None, said):
+        raise ValueError(f"was trained with --objective {said}: give the same")
+    objective = said or objective or "flow"
+    keep = objective == "ddpm"
     arch = dict(
         input_size=math.isqrt(sd["pos_embed"].shape[1]) * p, patch_size=p, in_channels=C,
         hidden_size=D, depth=depth, num_heads=_heads(num_heads, config, D, q_norm),
         num_classes=len(sd["y_embedder.embedding_table.weight"]) - 1,
-        qk_norm=q_norm is not None, learn_sigma=original, flip_time=original,
+        qk_norm=q_norm is not None, learn_sigma=doubled, keep_sigma=keep,
         encoder_depth=config.get("encoder_depth") or min(8, depth))
     if "projectors.0.0.weight" in sd:
         arch["projector_dim"] = len(sd["projectors.0.0.weight"])
         arch["z_dim"] = len(sd["projectors.0.4.weight"])
+    if "projectors.0.projection_layer.weight" in sd:
+        kernel = sd["projectors.0.projection_layer.weight"]
+        arch["projector_kernel"] = kernel.shape[2]
+        arch["z_dim"] = len(kernel)
 
     model = SiT(**arch)
     try:
         model.load_state_dict(sd)
     except RuntimeError as e:                                               # torch lists missing, unexpected, shapes
         raise ValueError(f"does not fit the model: {' '.join(str(e).split())[:300]}") from None
+    if said is None and _sure_objective(model.eval()) not in (None, objective):
+        found = "the original SiT: leave --objective ddpm out"
+        if not keep:
+            found = "a DiT: give --objective ddpm"
+        raise ValueError(f"holds {found}")
+    model.objective = objective
+    model.flip_time = doubled and not keep                                  # the original SiT's runs from noise to data
     path = config.get("path_type") or config.get("path")                    # REPA's word and ours
     model.path = "cosine" if str(path).lower() in ("cosine", "gvp") else "linear"
     model.packed_from = config.get("packed_from")
+    model.contrast = config.get("contrast")
     return model

@@ -525,19 +525,6 @@ def reverse_sde(velocity, x, num_steps, randn, start=1.0):
     return x
 
 
-def indexed_randn(seed, indices):
-    """Return a randn whose numbers for sample i depend on (seed, i) alone, not on its batch."""
-    rngs = [np.random.default_rng([seed, int(i)]) for i in indices]
-
-    def randn(like):
-        noise = [rng.standard_normal(like.shape[1:], dtype=np.float32) for rng in rngs]
-        noise = torch.from_numpy(np.stack(noise))
-        if like.is_cuda:  # a copy from pinned memory need not wait
-            return noise.pin_memory().to(like.device, non_blocking=True).to(like.dtype)
-        return noise.to(like.device, like.dtype)
-    return randn
-
-
 # ---- checkpoints
 
 OFFICIAL_ENTITY = "cell:8"

@@ -223,7 +223,7 @@ def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
     """Sample from the averaged weights, draw samples.png and growth.png; return scores to log."""
     def tokens_of(rows):                                                    # indices [b] -> [b,L,C]
         labels = rows % ema.num_classes
-        randn = xar.indexed_randn(cfg.seed, rows)
+        randn = run.indexed_randn(cfg.seed, rows)
         return ema.sample_tokens(labels, cfg.eval_steps, cfg.eval_cfg, randn)
 
     def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]

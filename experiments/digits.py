@@ -1,7 +1,9 @@
-"""The table and curves of HASTE on the digits: plain, REPA and HASTE at equal steps, three seeds.
+"""The tables and curves of a teacher's help on the digits, at equal steps, three seeds.
 
-    python -m experiments.digits        twelve runs, two at a time on one thread each:
-                                        about 40 minutes on two cores
+    python -m experiments.digits            SiT plain, with REPA, with HASTE: twelve runs,
+                                            two at a time on one thread each
+    python -m experiments.digits dit        the same for DiT
+    python -m experiments.digits irepa      iREPA, and contrastive flow matching
 
 Every run is `python haste_train.py FLAGS` with the flags printed here; if a run is already
 finished, only its log is read. Levels of quality are those that plain training of the same seed
@@ -10,7 +12,6 @@ end. A run reaches a level when its curve, a straight line between two evaluatio
 there.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,52 +20,63 @@ from pathlib import Path
 
 import numpy as np
 
+import run
+
 STEPS = 1000
-EVERY = 50                                                                  # steps between evaluations
+EVERY = {"sit": 50, "dit": 125, "irepa": 50}                                # steps between evaluations
+SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)                            # of the table over steps
 MARKS = (STEPS // 2, 3 * STEPS // 4, STEPS)                                 # where plain training sets the levels
-METHODS = {  # name in the table: flags
+SIT = {  # name in the table: flags
     "plain": ["--align", "none"],
     "REPA": ["--align", "repa", "--stop", "never"],
     "HASTE": ["--align", "haste"],
     "HASTE, never stopped": ["--align", "haste", "--stop", "never"],
+}
+IREPA = ["--projector", "conv", "--spatial-norm", "0.6"]
+CONTRASTIVE = ["--contrastive", "0.05"]
+DDPM = ["--objective", "ddpm", "--eval-steps", "50"]
+GROUPS = {  # the first method of each sets the levels
+    "sit": SIT,
+    "dit": {f"DiT, {name}": [*DDPM, *SIT[name]] for name in ("plain", "REPA", "HASTE")},
+    "irepa": {
+        "plain": SIT["plain"],
+        "contrastive": [*SIT["plain"], *CONTRASTIVE],
+        "REPA": SIT["REPA"],
+        "iREPA": [*SIT["REPA"], *IREPA],
+    },
 }
 CURVES = ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")   # columns of a log that are read here
 
 
 # ---- the runs
 
-def read_log(folder):
-    """Return the rows of a run's log, none if it has not begun."""
-    log = folder / "log.jsonl"
-    if not log.exists():
-        return []
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def train(method, seed, out):
+def train(method, flags, every, seed, out):
     """Train, unless that run is finished; return its evaluations as {column: array}."""
     name = method.replace(", ", "_").replace(" ", "_").lower()
     folder = out / f"{name}_{seed}"
-    flags = [*METHODS[method], "--seed", str(seed), "--steps", str(STEPS), "--eval-every",
-             str(EVERY), "--save-every", "0", "--out", str(folder)]
-    rows = read_log(folder)
+    flags = [*flags, "--seed", str(seed), "--steps", str(STEPS), "--eval-every",
+             str(every), "--save-every", "0", "--out", str(folder)]
+    rows = run.read_log(folder / "log.jsonl")
     if not rows or rows[-1]["step"] < STEPS:
         print("python haste_train.py", *flags, flush=True)
         # one thread a run: two runs side by side are faster than one after the other on two threads
         subprocess.run([sys.executable, "haste_train.py", *flags], check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        rows = read_log(folder)
+        rows = run.read_log(folder / "log.jsonl")
     evaluations = [row for row in rows if "fd" in row]
     return {column: np.array([row[column] for row in evaluations]) for column in CURVES}
 
 
-def train_all(out, seeds, jobs):
+def train_all(group, out, seeds, jobs):
     """Return {method: [curves of each seed]}."""
     # one run alone trains the teacher, which all others find in the cache
-    train("HASTE", 0, out)
+    guided = [name for name, flags in GROUPS[group].items() if "none" not in flags]
+    train(guided[0], GROUPS[group][guided[0]], EVERY[group], 0, out)
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {method: [pool.submit(train, method, seed, out) for seed in range(seeds)]
-                   for method in METHODS}
+        waiting = {}
+        for method, flags in GROUPS[group].items():
+            waiting[method] = [pool.submit(train, method, flags, EVERY[group], seed, out)
+                               for seed in range(seeds)]
         return {method: [job.result() for job in submitted]
                 for method, submitted in waiting.items()}
 
@@ -84,10 +96,8 @@ def steps_to(steps, values, level):
 
 
 def plus_minus(values, digits=3, unit=1):
-    """Return mean ± deviation over the seeds, or `not reached` if one of them is nan."""
+    """Return mean ± deviation over the seeds."""
     values = unit * np.array(values)
-    if np.isnan(values).any():
-        return "not reached"
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
@@ -101,8 +111,23 @@ def print_results(curves):
         cells = [plus_minus([run[key][-1] for run in runs], digits, unit)
                  for key, digits, unit in columns]
         print(f"| {method} | {' | '.join(cells)} |")
-    held = curves["plain"][0]["nearest_held"][-1]
+    held = next(iter(curves.values()))[0]["nearest_held"][-1]
     print(f"\nheld-out digits lie {held:.3f} from the nearest training digit\n")
+
+
+def print_over_steps(curves):
+    """Print Fréchet distance and accuracy of each method, mean over the seeds, at a few steps."""
+    heads = [f"step {step}" for step in SHOWN]
+    print(f"| Fréchet distance, accuracy % | {' | '.join(heads)} |\n|---|---|---|---|---|")
+    for method, runs in curves.items():
+        cells = []
+        for step in SHOWN:
+            at = np.flatnonzero(runs[0]["step"] == step)[0]
+            distance = np.mean([run["fd"][at] for run in runs])
+            accuracy = np.mean([run["accuracy"][at] for run in runs])
+            cells.append(f"{distance:.3f}, {100 * accuracy:.1f}")
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
 
 
 def print_steps_to_levels(curves, key, title, sign):
@@ -110,13 +135,14 @@ def print_steps_to_levels(curves, key, title, sign):
 
     `sign` is 1 if smaller values of the column `key` are better, else -1.
     """
-    steps = curves["plain"][0]["step"]
+    base_runs = next(iter(curves.values()))
+    steps = base_runs[0]["step"]
 
     def reached(runs, mark):
         """Return for each seed the step at which its run is as good as plain's at step `mark`."""
         at = np.flatnonzero(steps == mark)[0]
         return [steps_to(steps, sign * run[key], sign * plain[key][at])
-                for run, plain in zip(runs, curves["plain"])]
+                for run, plain in zip(runs, base_runs)]
 
     heads = [f"at step {mark}" for mark in MARKS]
     print(f"| steps to plain's {title} | {' | '.join(heads)} |\n|---|---|---|---|")
@@ -124,8 +150,11 @@ def print_steps_to_levels(curves, key, title, sign):
         cells = []
         for mark in MARKS:
             own = reached(runs, mark)
+            if np.isnan(own).any():
+                cells.append("not by every seed")
+                continue
             # plain itself may have been there before: the ratio is to the first time
-            base = reached(curves["plain"], mark)
+            base = reached(base_runs, mark)
             cells.append(f"{plus_minus(own, 0)} ({np.mean(own) / np.mean(base):.2f})")
         print(f"| {method} | {' | '.join(cells)} |")
     print()
@@ -154,17 +183,22 @@ def draw(curves, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("group", nargs="?", choices=list(GROUPS), default="sit",
+                        help="which methods")
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--picture", type=Path, default=Path("out/digits/curves.png"),
-                        help="picture of the curves")
+    parser.add_argument("--picture", type=Path, help="picture of the curves; if not given, "
+                                                     "OUT/GROUP.png")
     args = parser.parse_args()
-    curves = train_all(args.out, args.seeds, args.jobs)
+    if args.seeds < 2:
+        parser.error("--seeds must be 2 or more, for a deviation")
+    curves = train_all(args.group, args.out, args.seeds, args.jobs)
     print_results(curves)
+    print_over_steps(curves)
     print_steps_to_levels(curves, "fd", "Fréchet distance", 1)
     print_steps_to_levels(curves, "accuracy", "accuracy", -1)
-    draw(curves, args.picture)
+    draw(curves, args.picture or args.out / f"{args.group}.png")
 
 
 if __name__ == "__main__":

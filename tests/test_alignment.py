@@ -3,9 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Golden, distance
+from fill import fill_state_dict
 
+import align
 import haste
 import haste_train
+import sit
 from haste_train import attention_alignment, attention_alignment_grad, feature_alignment
 
 
@@ -120,17 +123,17 @@ def test_names_of_haste_are_reachable_from_its_program():
 def test_layer_table():
     config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
                                                            depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
-    assert haste_train.choose_layers(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
-    assert haste_train.choose_layers(config("SiT-L/2", "repa"), 12) == (8, [])
-    assert haste_train.choose_layers(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
-    assert haste_train.choose_layers(config("SiT-B/2", "repa"), 12) == (4, [])
-    assert haste_train.choose_layers(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
-    assert (haste_train.choose_layers(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
+    assert align.choose_layers(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+    assert align.choose_layers(config("SiT-L/2", "repa"), 12) == (8, [])
+    assert align.choose_layers(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
+    assert align.choose_layers(config("SiT-B/2", "repa"), 12) == (4, [])
+    assert align.choose_layers(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
+    assert (align.choose_layers(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
             == (2, [(0, 3), (27, 11)]))
     for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
                            (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
         with pytest.raises(ValueError, match=message):
-            haste_train.choose_layers(config("SiT-XL/2", "haste", **flags), 12)
+            align.choose_layers(config("SiT-XL/2", "haste", **flags), 12)
 
 
 def test_shapes_that_would_align_the_wrong_things_are_refused():
@@ -161,3 +164,59 @@ def test_feature_alignment_is_the_mean_cosine():
     expected = -torch.stack([F.normalize(a, dim=0) @ F.normalize(b, dim=0)
                              for a, b in zip(z.view(-1, 3), target.view(-1, 3))]).mean()
     assert torch.allclose(feature_alignment(z, target), expected)
+
+
+# ---- two later methods
+
+def test_irepa_is_the_official_one():
+    g = Golden("irepa")
+    c = g.config
+    target = haste.spatial_normalise(2 * g.draw("teacher", 2, c["tokens"], c["z_dim"]) + 1, c["gamma"])
+    assert distance(target, g["target"]) < 1e-5 and haste_train.spatial_normalise is haste.spatial_normalise
+    h = g.draw("h", 2, c["tokens"], c["hidden_size"])
+    for kernel in (1, 3):
+        projector = sit.ConvProjector(c["hidden_size"], c["z_dim"], kernel)
+        projector.load_state_dict(fill_state_dict(projector.state_dict(), c["seed"]))
+        with torch.no_grad():
+            z = projector(h)
+        assert distance(z, g[f"z{kernel}"]) < 1e-5
+        assert abs(feature_alignment(z, target) - g[f"loss{kernel}"]) < 1e-5
+    half = haste.spatial_normalise(torch.randn(2, 5, 3).bfloat16(), 1.0)
+    assert half.dtype == torch.float32 and half.mean(1).abs().max() < 1e-5
+
+
+def test_contrastive_flow_matching_is_the_official_one():
+    g = Golden("deltafm")
+    c = g.config
+    v_hat, v = g.draw("pred", c["batch"], 4, 8, 8), g.draw("target", c["batch"], 4, 8, 8)
+    term = haste.contrastive_term(v_hat, v, g["negatives"])
+    flow = (v_hat - v).square().flatten(1).mean(1)
+    assert term.shape == (c["batch"],) and (term > 0).all() and distance(term, g["contrast"]) < 1e-5
+    assert distance(flow - c["weight"] * term, g["loss"]) < 1e-5
+    # a part of the batch, against velocities of all of it; bfloat16 is compared in float32
+    assert torch.equal(haste.contrastive_term(v_hat[2:4], v, g["negatives"][2:4]), term[2:4])
+    assert haste_train.contrastive_term(v_hat.bfloat16(), v.bfloat16(), g["negatives"]).dtype == torch.float32
+
+
+def test_guided_sampling_puts_contrastive_velocities_right():
+    """Of Gaussian data the minimiser is known: with guidance 1 + 1e-9 both samplers are the plain ones again."""
+    mean, weight = torch.tensor([1.0, -2.0]).view(2, 1, 1), 0.05
+    y, noise = torch.zeros(64, dtype=torch.long), torch.randn(64, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def right(x, t, y):                                                     # E[v | x_t] of data N(mean, 0.5^2)
+        t = t.view(-1, 1, 1, 1)
+        variance = (0.5 * (1 - t)) ** 2 + t ** 2
+        return -mean + (t - 0.25 * (1 - t)) / variance * (x - (1 - t) * mean)
+
+    def contrastive(x, t, y):                                               # its minimiser: E[v] is -mean
+        return (right(x, t, y) + weight * mean) / (1 - weight)
+    for sample in (sit.sample_ode, sit.sample_sde):
+        def draw(velocity, **more):
+            torch.manual_seed(0)
+            return sample(velocity, noise, y, 20, cfg_scale=1 + 1e-9, null_label=1, **more)
+        assert distance(draw(contrastive, contrast=(weight, mean)), draw(right)) < 1e-5
+        assert distance(draw(contrastive), draw(right)) > 1e-3
+        torch.manual_seed(0)
+        unguided = sample(contrastive, noise, y, 20, contrast=(weight, mean))
+        torch.manual_seed(0)
+        assert torch.equal(unguided, sample(contrastive, noise, y, 20))     # without guidance nothing is corrected

@@ -11,10 +11,13 @@ import pytest
 import torch
 from conftest import Golden, distance
 from test_alignment import plain_form
+from test_dit import golden_dit
 from test_sit import haste_golden
 from test_xar import official, recorded, small
 
+import align
 import data
+import dit
 import fid
 import haste
 import haste_train
@@ -80,6 +83,17 @@ def test_golden_dinov2(name):
     assert distance(tokens.cpu(), g["patch_tokens"]) < 1e-4 and distance(logits.cpu(), g["attn_logits"]) < 1e-4
 
 
+def test_golden_dit():
+    g, model, shape = golden_dit()
+    x, eps, t, y = cuda(g.draw("x", *shape), g.draw("eps", *shape), g["t"], g["y"])
+    x_t = dit.noised(x, eps, t)
+    with torch.no_grad():
+        out = model.cuda()(x_t, t.float(), y)
+    mse, vb = dit.ddpm_terms(out, x, eps, t)
+    for found, key, tolerance in ((x_t, "x_t", 1e-4), (out, "out", 1e-4), (mse, "mse", 1e-4), (vb, "vb", 1e-3)):
+        assert distance(found.cpu(), g[key]) < tolerance, key
+
+
 def test_golden_preprocessing():
     g = Golden("dinov2_preprocess")
     images = (60 * g.draw("img", 1, 3, 256, 256) + 128).clamp(0, 255).byte()
@@ -102,9 +116,9 @@ def test_golden_alignment():
     for s, t in zip(c["student_layers"], c["teacher_layers"]):
         student = [g.draw(f"{n}s{s}", c["batch"], c["student_heads"], c["tokens"], c["student_head_dim"]).cuda()
                    for n in "qk"]
-        guide = [g.draw(f"{n}t{t}", c["batch"], c["teacher_heads"], c["tokens"] + 1,
-                        c["teacher_head_dim"])[:, :, 1:].cuda() for n in "qk"]
-        loss = loss + haste.attention_alignment(*student, *guide) / len(c["student_layers"])
+        guiding = [g.draw(f"{n}t{t}", c["batch"], c["teacher_heads"], c["tokens"] + 1,
+                          c["teacher_head_dim"])[:, :, 1:].cuda() for n in "qk"]
+        loss = loss + haste.attention_alignment(*student, *guiding) / len(c["student_layers"])
     assert abs(loss.item() / g["attn_loss"].item() - 1) < 1e-4
 
 
@@ -318,7 +332,7 @@ def taps_of_the_networks(offset):
     The student's keys have a mean of about `offset` deviations.
     """
     student = sit.SiT(32, 2, 4, 1152, 1, 16, 10).cuda()
-    guide = teacher.DINOv2(img_size=224, embed_dim=768, depth=1, num_heads=12).eval().cuda()
+    vit = teacher.DINOv2(img_size=224, embed_dim=768, depth=1, num_heads=12).eval().cuda()
     x, images = torch.randn(2, 4, 32, 32), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     x, images, t, y = cuda(x, images, torch.rand(2), torch.arange(2))
     with torch.no_grad():
@@ -326,7 +340,7 @@ def taps_of_the_networks(offset):
     with torch.autocast("cuda", torch.bfloat16):
         _, _, [(q, k)] = student(x, t, y, tap_layers=[0])
         with torch.no_grad():
-            _, [(q_t, k_t)] = guide(teacher.preprocess(images, 16), [0])
+            _, [(q_t, k_t)] = vit(teacher.preprocess(images, 16), [0])
     assert q.shape == k.shape == (2, 16, 256, 72) and q_t.shape == k_t.shape == (2, 12, 256, 64)
     assert q.dtype == q_t.dtype == torch.bfloat16 and not q.is_contiguous() and not k_t.is_contiguous()
     return q, k, q_t, k_t
@@ -386,10 +400,10 @@ def test_a_guided_step_needs_far_less_memory_than_the_plain_form(monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
 def test_teacher_and_projector_leave_the_memory(flags, train, monkeypatch, tmp_path):
     """A teacher of 28 M parameters, and a projector of 6 M with average and optimizer state, beside a tiny student."""
-    guide = teacher.DINOv2(img_size=56, embed_dim=768, depth=4, num_heads=12)
-    torch.save({"config": guide.config, "model": guide.state_dict()}, tmp_path / "teacher.pt")
+    vit = teacher.DINOv2(img_size=56, embed_dim=768, depth=4, num_heads=12)
+    torch.save({"config": vit.config, "model": vit.state_dict()}, tmp_path / "teacher.pt")
     sizes, allocated = {}, []
-    make, drop, losses = haste_train.make_teacher, haste_train.drop_projector, haste_train.losses
+    make, drop, losses = align.make_teacher, haste_train.drop_projector, haste_train.losses
 
     def size(tensors):
         return sum(x.numel() * x.element_size() for x in tensors)
@@ -406,7 +420,7 @@ def test_teacher_and_projector_leave_the_memory(flags, train, monkeypatch, tmp_p
     def watched_losses(*args, **kwargs):
         allocated.append(torch.cuda.memory_allocated())
         return losses(*args, **kwargs)
-    monkeypatch.setattr(haste_train, "make_teacher", watched_make)
+    monkeypatch.setattr(align, "make_teacher", watched_make)
     monkeypatch.setattr(haste_train, "drop_projector", watched_drop)
     monkeypatch.setattr(haste_train, "losses", watched_losses)
     train("haste", "--device", "cuda", "--teacher-weights", str(tmp_path / "teacher.pt"), "--projector-dim", "2048",

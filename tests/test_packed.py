@@ -457,7 +457,7 @@ def test_xar_decodes_with_the_named_file(tiny_xar, packed_folder, tmp_path):
 
 
 def test_presets_are_the_papers_settings(tmp_path):
-    for module, names in ((haste_train, ("b", "l", "xl", "xl-repa", "xl-plain")), (xar_train, ("b", "l", "h"))):
+    for module, names in ((haste_train, ("b", "l", "xl", "dit-xl", "xl-repa", "xl-plain")), (xar_train, ("b", "l", "h"))):
         fields = {f.name for f in dataclasses.fields(module.Config)}
         for name in [f"imagenet256-{n}" for n in names] + (["imagenet512-xl"] if module is haste_train else []):
             assert module.PRESETS[name].keys() <= fields
@@ -466,8 +466,18 @@ def test_presets_are_the_papers_settings(tmp_path):
             assert cfg.latent_channels == (4 if module is haste_train else 16)
     cfg = run.parse(haste_train.Config, ["--preset", "imagenet512-xl"], "x", presets=haste_train.PRESETS)
     assert (cfg.image_size, cfg.stop, cfg.batch_size, cfg.lr, cfg.ema) == (512, "300000", 256, 1e-4, 0.9999)
+    cfg = run.parse(haste_train.Config, ["--preset", "imagenet256-dit-xl"], "x", presets=haste_train.PRESETS)
+    assert (cfg.objective, cfg.model, cfg.stop, cfg.feature_weight, cfg.lr) == ("ddpm", "SiT-XL/2", "250000", 0.5, 1e-4)
     with pytest.raises(SystemExit, match="--data out/imagenet256 is not a folder .*prepare.py"):
         haste_train.main(["--preset", "imagenet256-b", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_mean_of_packed_latents(packed_folder):
+    images = data.open_data(str(packed_folder))
+    moments = images.train.moments(torch.arange(len(images.train))).double()            # [M,2,2C,h,w]
+    own, mirrored = images.packed["scale"] * moments[:, :, :images.packed["channels"]].mean(0)
+    assert torch.allclose(images.mean(False), own.float()) and not torch.allclose(own, mirrored)
+    assert torch.allclose(images.mean(True), ((own + mirrored) / 2).float())
 
 
 # ---- a full disk

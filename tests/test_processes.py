@@ -69,8 +69,10 @@ def assert_same_run(a, b):
 
 def test_two_processes_are_one(tmp_path, small_teacher):
     """One process, two, and two with accumulation: the same curves, across the end of guidance."""
-    logs = three_ways(tmp_path, "--steps", "20", "--stop", "10", "--mirror", teacher=small_teacher)
-    for key in ("loss", "feature_loss", "attention_loss"):
+    # a larger learning rate amplifies rounding
+    logs = three_ways(tmp_path, "--steps", "20", "--stop", "10", "--mirror", "--contrastive", "0.05", "--lr", "0.002",
+                      teacher=small_teacher)
+    for key in ("loss", "feature_loss", "attention_loss", "contrastive_term"):
         assert_close(logs, 20, key)
     assert_close(logs, 20, "grad_norm", tolerance=1e-4)
     for rows in logs:

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_XAR, tiny_vae
+from fill import fill_state_dict
 from PIL import Image
+from test_dit import trained
 
 import data
+import dit
 import fid
 import haste_train
 import run
@@ -21,7 +24,7 @@ import xar_train
 
 @pytest.fixture(scope="module")
 def checkpoints(packed_folder, small_teacher, tmp_path_factory):
-    """{name: checkpoint} of both models, of pixels and of packed latents."""
+    """{name: checkpoint} of all models, of pixels and of packed latents."""
     out = tmp_path_factory.mktemp("runs")
     teacher = ["--teacher-weights", str(small_teacher)]
     flags = ["--eval-every", "0", "--ema", "0"]
@@ -30,7 +33,10 @@ def checkpoints(packed_folder, small_teacher, tmp_path_factory):
     xar_train.main([*TINY_XAR, *flags, "--out", str(out / "xar")])
     haste_train.main([*TINY, *packed, *teacher, "--out", str(out / "sit_latents")])
     xar_train.main([*TINY_XAR, *packed, "--out", str(out / "xar_latents")])
-    return {name: out / name / "ckpt.pt" for name in ("sit", "xar", "sit_latents", "xar_latents")}
+    model, arch = trained("ddpm")
+    (out / "dit").mkdir()
+    torch.save({"ema": model.state_dict(), "args": {"objective": "ddpm"}, "arch": arch}, out / "dit" / "ckpt.pt")
+    return {name: out / name / "ckpt.pt" for name in ("sit", "dit", "xar", "sit_latents", "xar_latents")}
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def draw(checkpoints, tmp_path):
     return call
 
 
-MODELS = pytest.mark.parametrize("name", ["sit", "xar"])
+MODELS = pytest.mark.parametrize("name", ["sit", "dit", "xar"])
 LATENTS = pytest.mark.parametrize("name", ["sit_latents", "xar_latents"])
 
 
@@ -56,7 +62,7 @@ LATENTS = pytest.mark.parametrize("name", ["sit_latents", "xar_latents"])
 @pytest.mark.parametrize("name,flags", [
     *[("sit", f) for f in (["--sampler", "ode"], ["--sampler", "heun"], ["--interval", "0", "0.5"],
                            ["--path", "cosine"])],
-    *[(name, f) for name in ("sit", "xar")
+    *[(name, f) for name in ("sit", "dit", "xar")
       for f in (["--labels", "random"], ["--cfg", "3"], ["--seed", "1"], ["--steps", "4"], ["--label", "3"],
                 ["--precision", "bf16"], ["--to-uint8", "truncate"])]])
 def test_every_flag_changes_something(draw, name, flags):
@@ -93,7 +99,7 @@ def test_latents_are_decoded_and_bytes_rounded(draw, name, tmp_path):
     assert fid.open_images(str(tmp_path / "x.npz"))[0][0:7].shape == (7, 3, 16, 16)          # as fid.py reads it
 
 
-@pytest.mark.parametrize("name", ["sit", "xar", "sit_latents", "xar_latents"])
+@pytest.mark.parametrize("name", ["sit", "dit", "xar", "sit_latents", "xar_latents"])
 def test_animation_ends_in_the_samples(draw, name):
     animation, grid = draw(name, "--samples", "6", out="x.gif"), draw(name, "--samples", "6", out="x.png")
     entities = 4                                                            # of TINY_XAR: one frame each
@@ -111,6 +117,64 @@ def test_animation_ends_in_the_samples(draw, name):
 def test_animation_has_at_most_so_many_frames(draw):
     assert draw("sit", "--samples", "2", "--steps", "100", out="x.gif").n_frames <= program.FRAMES
     assert draw("sit", "--samples", "2", "--steps", "24", out="x.gif").n_frames <= program.FRAMES
+
+
+@pytest.fixture
+def bare_dit(tmp_path):
+    """File of a DiT of latents as DiT's authors publish it: it does not say what it is."""
+    model = sit.SiT(8, 2, 4, 32, 2, 2, 10, learn_sigma=True, keep_sigma=True)
+    torch.save(fill_state_dict(model.state_dict(), skip=("pos_embed",)), tmp_path / "bare.pt")
+    return ["--ckpt", str(tmp_path / "bare.pt"), "--num-heads", "2", "--samples", "4", "--device", "cpu",
+            "--vae", str(tiny_vae(tmp_path / "vae.pt")), "--cfg", "1.5"]
+
+
+def test_a_file_that_does_not_say_that_it_holds_a_dit(bare_dit, tmp_path, capsys):
+    """Filled weights load as asked; what was asked is a part of what the samples are."""
+    path = tmp_path / "x.npz"
+
+    def draw(*flags):
+        program.main([*bare_dit, "--steps", "3", "--out", str(path), *flags])
+        with np.load(path) as f:
+            return f["arr_0"].astype(int), json.loads(str(f["settings"]))
+    flow, settings = draw()
+    assert settings["sampler"] == "sde" and not {"objective", "guided_channels"} & settings.keys()
+    every, settings = draw("--objective", "ddpm")
+    assert abs(every - flow).max() > 9 and (settings["objective"], settings["guided_channels"]) == ("ddpm", 4)
+    three, settings = draw("--objective", "ddpm", "--guided-channels", "3")
+    assert abs(every - three).max() > 0 and settings["guided_channels"] == 3
+    capsys.readouterr()
+    draw("--objective", "ddpm", "--guided-channels", "4")
+    draw("--objective", "ddpm")
+    assert capsys.readouterr().out.count("holds these 4 samples already") == 1
+
+
+def test_published_dits_need_no_flag(bare_dit, tmp_path, monkeypatch):
+    seen, sampler = [], dit.sample_ddpm
+    monkeypatch.setattr(run, "checkpoint_file", lambda source, name: tmp_path / "bare.pt")
+    monkeypatch.setattr(dit, "sample_ddpm", lambda *args, **kwargs: seen.append(kwargs) or
+                        sampler(*args, **{**kwargs, "num_steps": 1}))
+    for name in ("dit-xl-256", "dit-xl-512"):
+        assert run.CHECKPOINTS[name] == f"https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-{name[-3:]}x{name[-3:]}.pt"
+        program.main([*bare_dit, "--ckpt", name, "--out", str(tmp_path / "x.png")])
+    assert [call["num_steps"] for call in seen] == [250, 250]
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_contrastive_models_are_corrected_where_guidance_acts(sampler, checkpoints, tmp_path):
+    """A checkpoint of contrastive flow matching holds its weight and the mean of its data."""
+    content = torch.load(checkpoints["sit"], weights_only=True)
+    torch.save({**content, "contrast": (0.05, torch.ones(1, 8, 8))}, tmp_path / "contrast.pt")
+
+    def draw(path, *flags):
+        out = tmp_path / "x.npz"
+        program.main(["--ckpt", str(path), "--steps", "3", "--samples", "4", "--device", "cpu", "--sampler", sampler,
+                      "--out", str(out), *flags])
+        images = np.load(out)["arr_0"]
+        out.unlink()
+        return images
+    for flags, alike in ((["--cfg", "1.5"], False), (["--cfg", "1"], True),
+                         (["--cfg", "1.5", "--interval", "2", "3"], True)):
+        assert np.array_equal(draw(checkpoints["sit"], *flags), draw(tmp_path / "contrast.pt", *flags)) == alike
 
 
 def test_out_lies_beside_the_checkpoint(checkpoints, monkeypatch, tmp_path):
@@ -259,6 +323,18 @@ def test_bad_flags(checkpoints, tmp_path):
         ("sit", ["--ckpt", str(tmp_path / "text.pt")], "text.pt is not a readable checkpoint"),
         ("sit", ["--ckpt", str(tmp_path)], "is not a file"),
         ("xar", ["--sampler", "ode"], "--sampler ode is for SiT, and .* holds an xAR: leave it out"),
+        ("xar", ["--objective", "ddpm"], "--objective ddpm is for SiT and DiT, and .* holds an xAR: leave it out"),
+        ("sit", ["--guided-channels", "3"], "--guided-channels 3 is for DiT, and .* holds a SiT: leave it out"),
+        ("sit", ["--objective", "ddpm"], "ckpt.pt: was trained with --objective flow: give the same"),
+        ("dit", ["--objective", "flow"], "ckpt.pt: was trained with --objective ddpm: give the same"),
+        ("dit", ["--sampler", "ode"], "--sampler ode is for SiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--interval", "0", "1"], r"--interval \[0.0, 1.0\] is for SiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--path", "linear"], "--path linear is for SiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--steps", "1001"], "--steps 1001 must be at most 1000"),
+        ("dit", ["--guided-channels", "2", "--cfg", "2"],
+         "--guided-channels 2 must be at most 1, the channels of .*ckpt.pt"),
+        ("dit", ["--guided-channels", "1"], "--guided-channels 1 is for guidance: give --cfg, too"),
+        ("dit", ["--guided-channels", "0"], "--guided-channels 0 must be 1 or more"),
         ("xar", ["--ckpt", str(tmp_path / "other.pt")], "other.pt: does not fit the model: .*size mismatch"),
     ]
     for name, flags, message in cases:

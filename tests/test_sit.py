@@ -7,6 +7,7 @@ import torch
 from conftest import Golden, distance
 from fill import fill_state_dict
 
+import run
 import sit
 
 
@@ -290,7 +291,7 @@ def test_label_dropout_is_in_the_loss():
 
 def test_noise_depends_on_the_index_alone():
     def draw(rows):
-        randn = sit.indexed_randn(3, rows)
+        randn = run.indexed_randn(3, rows)
         return [randn(torch.empty(len(rows), 2, 2)) for _ in range(3)]
     whole, parts = draw(range(6)), [draw([4, 2]), draw([5])]
     for w, a, b in zip(whole, *parts):

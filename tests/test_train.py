@@ -14,11 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows_of, same_weights
+from conftest import ROOT, TINY, photographs, rows_of, same_weights
 from PIL import Image
+from test_teacher import FAMILIES, heads, official
 
+import align
 import data
 import ddp
+import dit
 import evaluate
 import fid
 import haste
@@ -43,6 +46,8 @@ ALTERNATIVES = {
     "beta2": ["--beta2", "0.5"], "weight_decay": ["--weight-decay", "1"], "clip": ["--clip", "0.01"],
     "ema": ["--ema", "0.9"], "seed": ["--seed", "1"], "log_every": ["--log-every", "2"],
     "eval_every": ["--eval-every", "1"], "eval_samples": ["--eval-samples", "30"], "eval_steps": ["--eval-steps", "3"],
+    "objective": ["--objective", "ddpm"], "projector": ["--projector", "conv"],
+    "spatial_norm": ["--spatial-norm", "0.6"], "contrastive": ["--contrastive", "0.05"],
     "eval_cfg": ["--eval-cfg", "2"], "precision": ["--precision", "bf16"], "accumulate": ["--accumulate", "4"],
 }
 ELSEWHERE = {  # flags whose effect is no number of the run, and the test that shows it
@@ -53,6 +58,7 @@ ELSEWHERE = {  # flags whose effect is no number of the run, and the test that s
     "compile": "test_compile_flag", "stop_interval": "test_automatic_stop", "stop_warmup": "test_automatic_stop",
     "stop_threshold": "test_automatic_stop", "latent_channels": "test_packed_flags", "vae": "test_packed_flags",
     "init": "test_init_starts_from_other_weights", "track": "test_track_sends_the_log_elsewhere",
+    "projector_kernel": "test_irepa_flags",
     "eval_features": "test_inception_scores_samples", "eval_weights": "test_inception_scores_samples",
 }
 
@@ -167,11 +173,15 @@ def test_teacher_flags(tiny_run, tmp_path, small_teacher, monkeypatch, base_run)
     torch.save({"config": net.config, "model": net.state_dict()}, tmp_path / "other.pt")
     assert tiny_run("--teacher-weights", str(tmp_path / "other.pt"))[0] != base_run[0]
     asked = []
-    monkeypatch.setattr(teacher, "load_dinov2",
+    monkeypatch.setattr(teacher, "load_teacher",
                         lambda name, weights: (asked.append((name, weights)),
                                                teacher.DINOv2(embed_dim=8, depth=12, num_heads=2))[1])
     rows, saved = tiny_run("--teacher", "dinov2_vits14", "--teacher-weights", "w.pth")
     assert asked == [("dinov2_vits14", "w.pth")] and saved["arch"]["z_dim"] == 8
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="dinov3_vitb16.*--teacher-weights") as e:          # a form stands before it
+        haste_train.main([*TINY, "--out", str(tmp_path / "gated"), "--teacher", "dinov3_vitb16"])
+    assert "\n" not in str(e.value)
     trained, original = [], teacher.train_small
     monkeypatch.setattr(teacher, "train_small",
                         lambda *args, **kw: (trained.append((kw["cache"], kw["steps"])), original(*args, **kw))[1])
@@ -186,7 +196,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.calls, self.terms, self.teacher = 0, [], None
-        make, losses = haste_train.make_teacher, haste_train.losses
+        make, losses = align.make_teacher, haste_train.losses
 
         def make_watched(*args):
             net = make(*args)
@@ -206,7 +216,7 @@ class Watch:
                      for k, v in parts.items()}
             self.terms.append(reach)
             return total, terms
-        monkeypatch.setattr(haste_train, "make_teacher", make_watched)
+        monkeypatch.setattr(align, "make_teacher", make_watched)
         monkeypatch.setattr(haste_train, "losses", watched)
 
 
@@ -220,6 +230,30 @@ def test_guidance_acts_before_its_end_and_is_absent_after(tiny_run, monkeypatch)
         watch.calls = 0
         tiny_run("--steps", "6", *flags)
         assert watch.calls == calls
+
+
+@pytest.mark.parametrize("grid", [4, *(pytest.param(grid, marks=pytest.mark.slow) for grid in (7, 16))])
+@pytest.mark.parametrize("family", [*FAMILIES, "dinov2_reg4"])
+def test_every_family_teaches_on_any_grid(family, grid, tiny_run, tmp_path, monkeypatch):
+    """Both losses are finite and reach the student, the tokens are the student's, and a resumed run is exact."""
+    g, sd = official(family)
+    monkeypatch.setattr(teacher, "load_teacher", lambda name, weights: teacher.teacher_from_state_dict(
+        family.split("_")[0], sd, heads(g)))
+    watch, shapes = Watch(monkeypatch), []
+    loss = haste.attention_alignment_grad
+    monkeypatch.setattr(haste_train, "attention_alignment_grad",
+                        lambda *qk: (shapes.append([(len(x), x.shape[2]) for x in qk]), loss(*qk))[1])
+    flags = ["--data", str(photographs(tmp_path / "photos")), "--image-size", str(2 * grid), "--teacher", "one",
+             "--stop", "never", "--eval-every", "0", "--resume", "auto"]
+    rows, saved = tiny_run(*flags, "--steps", "3")
+    assert len(rows) == 3 and watch.calls == 3
+    assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "feature_loss", "attention_loss", "grad_norm"))
+    assert all(n > 0 for terms in watch.terms[1:] for n in terms.values())  # at first the gates of the blocks are 0
+    assert shapes and all(pair == (8, grid ** 2) for four in shapes for pair in four)
+    if grid == 4:
+        tiny_run(*flags, "--steps", "1", out="parts")
+        again, saved_again = tiny_run(*flags, "--steps", "3", out="parts")
+        assert again == rows and same_weights(saved, saved_again)
 
 
 def test_losses_are_weighted_as_stated():
@@ -245,6 +279,116 @@ def test_losses_are_weighted_as_stated():
     assert terms.keys() == {"loss", "feature_loss"}
     plain, terms = haste_train.losses(model, x, y, t, eps, None, [], cfg)
     assert terms.keys() == {"loss"} and torch.equal(plain, terms["loss"])
+
+
+def test_irepa_flags(tiny_run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(haste_train, "feature_alignment",
+                        lambda z, target: (seen.append(target), haste.feature_alignment(z, target))[1])
+    flags = ["--projector", "conv", "--spatial-norm", "1", "--attention-weight", "0"]
+    for kernel in ("1", "3"):
+        rows, saved = tiny_run(*flags, "--projector-kernel", kernel, out="conv")
+        assert saved["ema"]["projectors.0.projection_layer.weight"].shape == (16, 32, int(kernel), int(kernel))
+        loaded = sit.load_sit(tmp_path / "conv" / "ckpt.pt")                # kept after the end of the alignment
+        assert isinstance(loaded.projectors[0], sit.ConvProjector)
+        assert same_weights(dict(loaded.state_dict()), dict(saved["ema"]), keys=("no",))
+    assert seen and all(target.mean(1).abs().max() < 1e-5 for target in seen)               # of every image and channel
+
+
+def test_ddpm_trains_with_the_same_alignment(tiny_run, tmp_path, monkeypatch):
+    """DiT's loss in place of the flow loss; taps, projector, teacher, termination and trigger are the same."""
+    asked, original = [], dit.ddpm_terms
+    monkeypatch.setattr(dit, "ddpm_terms", lambda out, x, eps, t: (asked.append(t), original(out, x, eps, t))[1])
+    rows, saved = tiny_run("--objective", "ddpm", "--stop", "3")
+    assert [r.keys() >= {"loss", "vb", "feature_loss", "attention_loss"} for r in rows] == [True] * 3 + [False]
+    assert rows[3].keys() >= {"loss", "vb", "fd"} and saved["ema"]["final_layer.linear.weight"].shape == (8, 32)
+    steps = torch.cat(asked)
+    assert steps.dtype == torch.int64 and 0 <= steps.min() and steps.max() < 1000 and len(set(steps.tolist())) > 20
+    model = sit.load_sit(tmp_path / "run" / "ckpt.pt")                      # the file itself says that it is a DiT
+    assert model.keep_sigma and model.objective == "ddpm"
+    # the angle is measured at the steps round(1000 t) - 1
+    asked.clear()
+    flags = ["--stop", "auto", "--stop-warmup", "0", "--stop-interval", "9", "--stop-threshold", "-1", "--steps", "1"]
+    rows, _ = tiny_run("--objective", "ddpm", *flags)
+    assert -1 <= rows[0]["grad_cosine"] <= 1
+    assert [t.unique().tolist() for t in asked[:4]] == [[19], [99], [499], [799]]
+    # and a DiT is a place to start from
+    start = str(tmp_path / "run" / "ckpt.pt")
+    flags = ["--objective", "ddpm", "--steps", "1", "--eval-every", "0"]
+    assert tiny_run(*flags, "--init", start, out="on")[0] != tiny_run(*flags, out="new")[0]
+    with pytest.raises(SystemExit, match="was trained with --objective ddpm: give the same"):
+        tiny_run("--init", start, out="wrong")
+
+
+def test_ddpm_is_dits_loss_and_evaluation_is_guided(tiny_run):
+    torch.manual_seed(0)
+    model = sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=6, projector_dim=8, encoder_depth=2, learn_sigma=True, keep_sigma=True)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    x, eps, t, y = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([0, 9, 500, 999]), torch.arange(4)
+    cfg = haste_train.Config(objective="ddpm")
+    total, terms = haste_train.losses(model, x, y, t.float(), eps, None, [], cfg)
+    expected = dit.ddpm_loss(model, x, y, t, eps)
+    assert torch.allclose(total, expected) and torch.allclose(terms["loss"], expected) and 0 < terms["vb"] < total
+    weights = list(model.final_layer.parameters())
+    for a, b in zip(torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights)):
+        assert torch.allclose(a, b, atol=1e-6)
+    tokens = torch.randn(4, 16, 6)
+    guided, terms = haste_train.losses(model, x, y, t.float(), eps, (tokens, []), [], cfg)
+    assert torch.allclose(guided, expected + terms["feature_loss"])
+    plain, strong = (tiny_run("--objective", "ddpm", "--eval-cfg", w)[0] for w in ("1", "4"))
+    assert [r["fd"] for r in plain if "fd" in r] != [r["fd"] for r in strong if "fd" in r]
+
+
+def test_ddpm_steps_are_uniform():
+    cfg = haste_train.Config(objective="ddpm")
+    steps = torch.cat([haste_train.random_numbers(cfg, step, (5000, 1, 1, 1), False)[1] for step in range(20)])
+    assert torch.equal(steps, steps.round()) and steps.min() == 0 and steps.max() == 999
+    assert np.bincount(steps.long() // 100).tolist() == pytest.approx([10_000] * 10, rel=0.05)
+
+
+def test_contrastive_negatives_are_other_images_of_the_global_batch(tiny_run, tmp_path, monkeypatch):
+    seen, original = [], haste.contrastive_term
+    monkeypatch.setattr(haste_train, "contrastive_term", lambda *args: (seen.append(args), original(*args))[1])
+    rows, saved = tiny_run("--contrastive", "0.05", "--accumulate", "2", "--align", "none")
+    assert len(seen) == 8                                                   # four steps of two parts
+    offsets = []
+    for i, (v_hat, v, negatives) in enumerate(seen):
+        own = torch.arange(4) + 4 * (i % 2)
+        assert len(v_hat) == 4 and len(v) == 8 and (negatives != own).all()
+        offsets += ((negatives - own) % 8).tolist()
+    assert len(set(offsets[0:4])) == 1 and offsets[0:4] == offsets[4:8] and len(set(offsets)) > 1       # one for a step
+    # the total is the flow loss minus the weighted term, and the checkpoint has what guided sampling needs
+    weight, mean = saved["contrast"]
+    train = data.open_data("digits").train
+    assert weight == 0.05 and torch.allclose(mean, data.to_pixels(train.images).mean(0), atol=1e-6)
+    assert torch.equal(sit.load_sit(tmp_path / "run" / "ckpt.pt").contrast[1], mean)
+    flags = ["--contrastive", "0.05", "--mirror", "--eval-cfg", "2"]
+    seen_by_samplers, sample = [], sit.sample_ode
+    monkeypatch.setattr(sit, "sample_ode", lambda *args, **kw: (seen_by_samplers.append(kw["contrast"]), sample(*args, **kw))[1])
+    for steps in ("2", "4"):
+        _, saved = tiny_run(*flags, "--steps", steps, "--resume", "auto", out="mirrored")   # kept by a resumed run
+    assert saved["contrast"][0] == 0.05 and torch.equal(saved["contrast"][1], data.open_data("digits").mean(True))
+    assert len(seen_by_samplers) >= 2 and all(torch.equal(m, saved["contrast"][1]) for _, m in seen_by_samplers)
+    assert tiny_run()[1]["contrast"] is None
+    mirrored = data.open_data("digits").mean(True)
+    assert torch.allclose(mirrored, mirrored.flip(-1)) and not torch.allclose(mirrored, mean, atol=1e-3)
+    few = data.open_data("digits").mean(False, most=10)
+    assert torch.allclose(few, data.to_pixels(train.images[::150]).mean(0), atol=1e-6)
+
+
+def test_contrastive_loss_is_the_flow_loss_minus_the_term():
+    torch.manual_seed(0)
+    model = sit.SiT(8, 2, 1, 32, 3, 2, 10)
+    x, eps, t, y = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
+    x_t, v = sit.interpolant(x, eps, t)
+    others = torch.tensor([2, 3, 0, 1])
+    cfg = haste_train.Config(contrastive=0.05)
+    total, terms = haste_train.losses(model, x, y, t, eps, None, [], cfg, negatives=(v, others))
+    v_hat = model(x_t, t, y)
+    expected = (v_hat - v).square().mean() - 0.05 * (v_hat - v[others]).square().mean()
+    assert torch.allclose(total, expected) and torch.allclose(terms["loss"], sit.flow_loss(model, x, y, t, eps))
 
 
 def test_optimizer_state_of_the_rest_survives_bit_for_bit(tiny_run, monkeypatch):
@@ -319,7 +463,9 @@ def test_gradient_cosine_is_the_angle_of_the_two_gradients():
                                    ["--stop", "never", "--precision", "bf16", "--log-every", "100"],
                                    ["--stop", "never", "--precision", "bf16"], ["--align", "none"],
                                    ["--stop", "auto", "--stop-warmup", "2", "--stop-interval", "3",
-                                    "--stop-threshold", "1"]])
+                                    "--stop-threshold", "1"],
+                                   ["--objective", "ddpm"],
+                                   ["--contrastive", "0.05", "--projector", "conv", "--spatial-norm", "0.6"]])
 def test_resumed_run_is_the_straight_run_bit_for_bit(tiny_run, flags):
     flags = [*flags, "--resume", "auto", "--eval-every", "0"]
     rows, saved = tiny_run(*flags, "--steps", "6", out="straight")
@@ -331,11 +477,13 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(tiny_run, flags):
 
 
 def test_accumulation_is_the_whole_batch(tiny_run):
-    flags = ["--steps", "20", "--stop", "10", "--eval-every", "0", "--batch-size", "8"]
+    # a larger learning rate amplifies rounding
+    flags = ["--steps", "20", "--stop", "10", "--eval-every", "0", "--batch-size", "8", "--lr", "0.002",
+             "--contrastive", "0.05"]
     whole, parts = tiny_run(*flags)[0], tiny_run(*flags, "--accumulate", "2")[0]
     for a, b in zip(whole, parts):
         assert all(abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k]))
-                   for k in ("loss", "feature_loss", "attention_loss") if k in a)
+                   for k in ("loss", "feature_loss", "attention_loss", "contrastive_term") if k in a)
 
 
 def test_resume_flag(tiny_run, tmp_path, capsys):
@@ -704,7 +852,7 @@ def test_numbers_are_those_of_the_step_and_drawn_ahead():
     for step in (5, 6):
         _, _, _, numbers = next(feed)
         expected = haste_train.random_numbers(cfg, step, (6, 1, 8, 8), packed=True)
-        assert len(numbers) == 5
+        assert len(numbers) == 6
         assert all(torch.equal(a, b[2:4]) and b.device.type == "cpu" for a, b in zip(numbers, expected))
     assert threading.current_thread() not in threads
 
@@ -805,9 +953,9 @@ def test_sample_sheet_has_rows_of_classes_or_all_there_is(tmp_path, monkeypatch)
 def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run, monkeypatch):
     seen, draw = [], sit.sample_ode
 
-    def watched(model, *args):
+    def watched(model, *args, **kw):
         seen.append((model, model.training, [p.clone() for p in model.parameters()]))
-        return draw(model, *args)
+        return draw(model, *args, **kw)
     monkeypatch.setattr(sit, "sample_ode", watched)
     rows, saved = tiny_run()
     model, training, weights = seen[-1]
@@ -844,6 +992,22 @@ def test_evaluation_is_of_the_average_in_eval_mode_without_side_effect(tiny_run,
     (["--pairs", "9:1"], "--pairs 9:1: student blocks are 0 ... 3"),
     (["--teacher", "dino", "--teacher-weights", "x"], "teacher 'dino' is neither small nor one of dinov2_vits14"),
     (["--teacher-weights", "none.pt"], "none.pt do not exist"),
+    (["--teacher", "dinov3_vitb16"], "is not a dinov3_vitb16: "),
+    (["--objective", "ddpm", "--path", "cosine"], "--path cosine is for --objective flow: leave it out"),
+    (["--objective", "ddpm", "--time", "lognormal"], "--time lognormal is for --objective flow: leave it out"),
+    (["--objective", "ddpm", "--contrastive", "0.05"], "--contrastive 0.05 is for --objective flow: leave it out"),
+    (["--objective", "ddpm", "--eval-steps", "1001"], "--eval-steps 1001 must lie in 1 ... 1000"),
+    (["--contrastive", "1"], r"--contrastive 1.0 must lie in \[0, 1\)"),
+    (["--contrastive", "0.05", "--path", "cosine"], "--contrastive 0.05 is for --path linear"),
+    (["--contrastive", "0.05", "--batch-size", "1"], "--contrastive 0.05 needs a --batch-size of 2 or more"),
+    (["--spatial-norm", "2"], r"--spatial-norm 2.0 must lie in \[0, 1\]"),
+    (["--spatial-norm", "nan"], r"--spatial-norm nan must lie in \[0, 1\]"),
+    (["--spatial-norm", "0.6", "--model", "SiT-Ti/8"], "--spatial-norm 0.6 needs more than one token"),
+    (["--spatial-norm", "0.6", "--align", "none"], "--spatial-norm 0.6 is for an alignment: leave it out"),
+    (["--projector", "conv", "--align", "none"], "--projector conv is for an alignment: leave it out"),
+    (["--projector", "conv", "--projector-kernel", "2"], "--projector-kernel 2 must be odd, as 3"),
+    (["--projector", "conv", "--projector-kernel", "-1"], "--projector-kernel -1 must be 1 or more"),
+    (["--projector-kernel", "5"], "--projector-kernel 5 is for --projector conv"),
     (["--device", "gpu"], "--device gpu is not a device: use auto, cpu, cuda"),
     pytest.param(["--device", "cuda"], "--device cuda: this torch finds no CUDA device; use --device cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")),

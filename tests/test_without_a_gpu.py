@@ -1,4 +1,5 @@
 """Every line for CUDA runs without one: fake tensors have a device, and one left on the CPU raises; backward on `meta`."""
+import copy
 import os
 import weakref
 from contextlib import contextmanager
@@ -7,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, TINY_XAR, same_weights
+from test_teacher import build
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import align
 import data
 import ddp
+import dit
 import evaluate
 import fid
 import haste
@@ -57,6 +61,12 @@ def can_pretend():
         return False
 
 
+def forget():
+    """Clear the tensors that are kept for each device."""
+    teacher._mean_std.cache_clear()
+    dit._tables.cache_clear()
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A pretended GPU: `with fake():` tensors on `CUDA` can be made, moved, and computed with. They have no numbers.
@@ -68,12 +78,12 @@ def fake(monkeypatch):
 
     @contextmanager
     def pretended():
-        teacher._mean_std.cache_clear()                                     # what it keeps belongs to one block
+        forget()                                                            # what is kept belongs to one block
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                 yield
         finally:
-            teacher._mean_std.cache_clear()
+            forget()
     before = settings()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -89,6 +99,14 @@ def fake(monkeypatch):
 
 def student():
     return sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=16, projector_dim=8, encoder_depth=2)
+
+
+def irepa_student():
+    return sit.SiT(8, 2, 1, 32, 3, 2, 10, z_dim=16, projector_kernel=3, encoder_depth=2)
+
+
+def small_dit():
+    return sit.SiT(8, 2, 1, 32, 3, 2, 10, learn_sigma=True, keep_sigma=True, z_dim=16, projector_dim=8, encoder_depth=2)
 
 
 def small_dinov2():
@@ -123,13 +141,14 @@ def flat(found):
     return [tensor for value in values for tensor in flat(value)]
 
 
-def step_losses(net, device=None, targets=True):
+def step_losses(net, device=None, targets=True, contrast=False, **settings):
     """haste_train.losses with a teacher of other heads and other widths, (B, 4, N, 4) against (B, 2, N, 16)."""
     taps = [(randn(B, 4, N, 4, device=device), randn(B, 4, N, 4, device=device)) for _ in range(2)]
     x, eps = randn(*IMAGE, device=device), randn(*IMAGE, device=device)
     batch = x, classes(device), times(device), eps
     aim = (randn(B, N, 16, device=device), taps) if targets else None
-    return haste_train.losses(net, *batch, aim, [(0, 0), (2, 1)], haste_train.Config(), exact=True)
+    negatives = (eps, classes(device)) if contrast else None
+    return haste_train.losses(net, *batch, aim, [(0, 0), (2, 1)], haste_train.Config(**settings), True, negatives)
 
 
 def latents(views):
@@ -162,6 +181,10 @@ FORWARDS = {
         net, randn(*IMAGE), classes(), path=path, label_drop=0.5), [()], FLOAT) for path in ("linear", "cosine")},
     "aligned step": (student, "auto", step_losses, [()] * 4, FLOAT),
     "free step": (student, "auto", lambda net: step_losses(net, targets=False), [()] * 2, FLOAT),
+    "DiT's step": (small_dit, "auto", lambda net: step_losses(net, objective="ddpm"), [()] * 5, FLOAT),
+    "step of the later methods": (
+        irepa_student, "auto", lambda net: step_losses(net, contrast=True, contrastive=0.05, spatial_norm=0.6),
+        [()] * 5, FLOAT),
     "teacher's tokens": (small_dinov2, "fp32", lambda net: taught(net)[0], [(B, N, 16)], FLOAT),
     "teacher's taps": (small_dinov2, "fp32", lambda net: taught(net)[1], [(B, 4, N, 4)] * 2, HALF),
     "class token": (small_dinov2, "fp32", lambda net: net.resize_pos_embed(3).features(teacher.preprocess(pixels(), 3)),
@@ -170,8 +193,13 @@ FORWARDS = {
         net, randn(*IMAGE), classes(), 2, **kwargs), [IMAGE], FLOAT)
        for name, kwargs in (("euler", {}), ("heun", dict(heun=True, cfg_scale=2.0, cfg_interval=(0.6, 1))))},
     **{f"sample sde {path}": (student, "auto", lambda net, path=path: sit.sample_sde(
-        net, randn(*IMAGE), classes(), 2, 2.0, path=path, randn=sit.indexed_randn(0, range(B))), [IMAGE], FLOAT)
+        net, randn(*IMAGE), classes(), 2, 2.0, path=path, randn=run.indexed_randn(0, range(B))), [IMAGE], FLOAT)
        for path in ("linear", "cosine")},
+    "sample contrastive": (student, "auto", lambda net: sit.sample_ode(
+        net, randn(*IMAGE), classes(), 2, 2.0, contrast=(0.05, torch.zeros(1, 8, 8))), [IMAGE], FLOAT),
+    **{f"sample ddpm {channels}": (small_dit, "auto", lambda net, channels=channels: dit.sample_ddpm(
+        net, randn(*IMAGE), classes(), 3, 2.0, guided_channels=channels, randn=run.indexed_randn(0, range(B))),
+        [IMAGE], FLOAT) for channels in (None, 1)},
     **{f"xAR loss {entity} {context}": (
         lambda entity=entity, grid=grid: small_xar(entity, grid, dropout=0.1, attn_dropout=0.1), "auto",
         lambda net, context=context: net.loss(randn(B, 1, net.grid, net.grid), classes(), label_drop=0.5,
@@ -181,7 +209,7 @@ FORWARDS = {
                                      ("subsample:2", 8, "clean"), ("scale", 8, "clean"), ("image", 8, "random"))},
     **{f"xAR sample {entity} {cfg}": (
         lambda entity=entity: small_xar(entity, 4), "auto",
-        lambda net, cfg=cfg: net.sample(classes(), 2, cfg, xar.indexed_randn(0, range(B))), [(B, 1, 4, 4)], FLOAT)
+        lambda net, cfg=cfg: net.sample(classes(), 2, cfg, run.indexed_randn(0, range(B))), [(B, 1, 4, 4)], FLOAT)
        for entity, cfg in (("cell:2", 2.0), ("scale", 2.0), ("image", 1.0))},
     "growth": (small_xar, "auto", lambda net: evaluate.growth(net, randn(B, 64, 1)), [(B, 4, 1, 8, 8)], FLOAT),
     "encoder": (lambda: vae.AutoencoderKL((1, 1), 4, True), "fp32", lambda net: net.encode(randn(B, 3, 8, 8)),
@@ -207,7 +235,7 @@ def slow_unless(names, table):
 
 
 @pytest.mark.parametrize("name", slow_unless(
-    ["velocity", "taps", "original SiT", "class token", "sample heun", "sample sde cosine",
+    ["velocity", "taps", "original SiT", "DiT's step", "sample ddpm None", "sample contrastive", "class token", "sample heun", "sample sde cosine",
      "xAR loss cell:8 increasing", "xAR loss scale clean", "xAR sample cell:2 2.0", "growth", "encoder", "decoder",
      "inception tf1"], FORWARDS))
 def test_what_a_network_returns_is_on_the_device(name, fake, monkeypatch):
@@ -359,7 +387,7 @@ def test_cudnn_serves_no_attention_with_a_mask(flags, pretend, monkeypatch):
 def test_compiled_teacher_and_projector_are_freed_at_the_end_of_the_alignment(tiny_run, monkeypatch):
     """A compiled module refers to itself, so counting references does not free it; and no local variable may hold them."""
     seen, alive = [], []
-    make, losses, drop = haste_train.make_teacher, haste_train.losses, haste_train.drop_projector
+    make, losses, drop = align.make_teacher, haste_train.losses, haste_train.drop_projector
     compile_block = torch.nn.Module.compile
 
     def watched_make(*args):
@@ -376,7 +404,7 @@ def test_compiled_teacher_and_projector_are_freed_at_the_end_of_the_alignment(ti
         alive.append([reference() is not None for reference in seen])
         return losses(*args, **kwargs)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_block(self, backend="eager"))
-    monkeypatch.setattr(haste_train, "make_teacher", watched_make)
+    monkeypatch.setattr(align, "make_teacher", watched_make)
     monkeypatch.setattr(haste_train, "drop_projector", watched_drop)
     monkeypatch.setattr(haste_train, "losses", watched_losses)
     tiny_run("--compile", "--eval-every", "0", "--steps", "5")
@@ -388,15 +416,19 @@ def test_evaluation_draws_on_the_device(fake, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluate, "draw_samples", lambda count, draw, processes: drawn.append(draw(torch.arange(B))))
     monkeypatch.setattr(xar.XAR, "_class_ids", lambda self, y: y.long())
-    for module in (sit, xar):                                               # the rows are fake and have no numbers
-        original = module.indexed_randn
-        monkeypatch.setattr(module, "indexed_randn", lambda seed, rows, f=original: f(seed, range(len(rows))))
+    original = run.indexed_randn                                            # the rows are fake and have no numbers
+    monkeypatch.setattr(run, "indexed_randn", lambda seed, rows: original(seed, range(len(rows))))
     processes = SimpleNamespace(main=False, device=CUDA)
-    for program, net in ((haste_train, student()), (xar_train, small_xar())):
-        cfg = program.Config(eval_steps=2, eval_cfg=2.0)
+    few = dict(eval_steps=2, eval_cfg=2.0)
+    contrast = 0.05, torch.zeros(1, 8, 8)
+    for evaluation, net, own, cfg in (
+            (evaluate.evaluate_sit, student(), [None], haste_train.Config(**few)),
+            (evaluate.evaluate_sit, student(), [contrast], haste_train.Config(**few)),
+            (evaluate.evaluate_sit, small_dit(), [None], haste_train.Config(objective="ddpm", **few)),
+            (xar_train.evaluate_ema, small_xar(), [], xar_train.Config(**few))):
         with fake():
-            program.evaluate_ema(net.to(CUDA), lambda x: x, None, cfg, processes, run.autocast("auto", CUDA))
-    assert [(x.device, x.dtype, tuple(x.shape)) for x in drawn] == [(CUDA, torch.uint8, IMAGE)] * 2
+            evaluation(net.to(CUDA), *own, lambda x: x, None, cfg, processes, run.autocast("auto", CUDA))
+    assert [(x.device, x.dtype, tuple(x.shape)) for x in drawn] == [(CUDA, torch.uint8, IMAGE)] * 4
 
 
 @pytest.mark.parametrize("packed", [None, {"scale": 0.18}])
@@ -410,11 +442,11 @@ def test_held_batch_lies_on_the_device(packed, fake, monkeypatch):
         __len__ = lambda self: 64
         read = lambda self, rows: batch
         moments = lambda self, rows: torch.zeros(64, 2, 2, 8, 8, dtype=torch.half)
-    net, guide = student(), small_dinov2().resize_pos_embed(4)
+    net, vit = student(), small_dinov2().resize_pos_embed(4)
     processes = SimpleNamespace(device=CUDA, mean=lambda found: SimpleNamespace(item=lambda: found))
     images = SimpleNamespace(train=Set(), shape=IMAGE[1:], packed=packed)
     with fake():
-        haste_train.held_cosine(net.to(CUDA), guide.to(CUDA), images, [(0, 1)], haste_train.Config(), processes,
+        haste_train.held_cosine(net.to(CUDA), vit.to(CUDA), images, [(0, 1)], haste_train.Config(), processes,
                                 run.autocast("auto", CUDA))
     assert [(x.device, x.dtype) for x in seen[0]] == [(CUDA, FLOAT)] * 2
 
@@ -424,6 +456,24 @@ def test_prepare_encodes_on_the_device(fake):
     net, images = vae.AutoencoderKL((1, 1), 4), torch.zeros(B, 3, 8, 8, dtype=torch.uint8).numpy()
     with fake(), pytest.raises(DataDependentOutputException):
         prepare.encode(net.to(CUDA), images, SimpleNamespace(mirror=True, precision="bf16", vae="x"), CUDA)
+
+
+@pytest.mark.parametrize("name", ["clip", "ijepa", "dinov3"])
+def test_blocks_compile_and_networks_run_on_a_pretended_gpu(name, fake):
+    _, net, images = build(name)
+    tokens, [(q, _)] = net(images, (1,))
+    compiled = copy.deepcopy(net)
+    for block in compiled.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images, (1,))[0], tokens)
+    with fake():
+        net = net.to(CUDA).resize_pos_embed((2, 3))
+        align.round_matrices(net)
+        x = net.preprocess(torch.zeros(2, 3, 40, 60, dtype=torch.uint8, device=CUDA), (2, 3))
+        with run.autocast("auto", CUDA):
+            tokens, [(q, _)] = net(x, (1,))
+        assert tokens.device == CUDA and tokens.shape[:2] == (2, 6) and q.dtype == torch.bfloat16
+        assert torch.is_floating_point(net.features(x.float())[1])
 
 
 # ---- backward passes, on the device that has shapes only
@@ -436,6 +486,9 @@ def meta(make):
 BACKWARDS = {
     "SiT": (student, lambda net: sit.flow_loss(net, randn(*IMAGE, device="meta"), classes("meta"), label_drop=0.5)),
     "HASTE": (student, lambda net: step_losses(net, "meta")[0]),
+    "DiT": (small_dit, lambda net: step_losses(net, "meta", objective="ddpm")[0]),
+    "later methods": (irepa_student, lambda net: step_losses(net, "meta", contrast=True, contrastive=0.05,
+                                                             spatial_norm=0.6)[0]),
     **{f"xAR {entity} {context}": (
         lambda entity=entity, grid=grid: small_xar(entity, grid, dropout=0.1, attn_dropout=0.1),
         lambda net, context=context: net.loss(randn(B, 1, net.grid, net.grid, device="meta"), classes("meta"),
@@ -444,7 +497,7 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_unless(["SiT", "HASTE", "xAR cell:8 random", "xAR scale clean"], BACKWARDS))
+@pytest.mark.parametrize("name", slow_unless(["SiT", "HASTE", "DiT", "xAR cell:8 random", "xAR scale clean"], BACKWARDS))
 def test_every_parameter_gets_a_gradient_of_its_shape(name):
     make, loss = BACKWARDS[name]
     net = meta(make)
@@ -562,9 +615,9 @@ def test_state_of_the_samplers_is_float32_on_apples_gpus():
 def test_nothing_else_is_float64(name, monkeypatch):
     make, _, forward, _, _ = FORWARDS[name]
     monkeypatch.setitem(globals(), "CUDA", torch.device("cpu"))
-    for module in (sit, xar):
+    for module in (sit, dit, xar):
         monkeypatch.setattr(module, "_as_state", lambda x: x.float())
     net = make()
-    teacher._mean_std.cache_clear()
+    forget()
     with NoFloat64(), torch.no_grad():
         forward(net)

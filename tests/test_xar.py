@@ -8,6 +8,7 @@ from conftest import Golden, distance
 from fill import fill_state_dict
 
 import evaluate
+import run
 import xar
 
 ENTITIES = ("patch", "cell:2", "cell:4", "subsample:2", "scale", "image")
@@ -148,8 +149,8 @@ def test_tokens_and_image_are_the_same_thing(entity):
 def test_growth_shows_the_sample_entity_by_entity():
     for entity, columns in (("cell:4", 4), ("scale", 4), ("patch", 16), ("image", 1)):
         model = small(entity, channels=2)
-        tokens = model.sample_tokens(torch.arange(3), 2, randn=xar.indexed_randn(0, range(3)))
-        whole = model.sample(torch.arange(3), 2, randn=xar.indexed_randn(0, range(3)))
+        tokens = model.sample_tokens(torch.arange(3), 2, randn=run.indexed_randn(0, range(3)))
+        whole = model.sample(torch.arange(3), 2, randn=run.indexed_randn(0, range(3)))
         frames = evaluate.growth(model, tokens)
         assert frames.shape == (3, columns, 2, 8, 8)
         assert torch.equal(frames[:, -1], whole)                            # the last frame is the image
@@ -425,9 +426,3 @@ def test_sampler_reaches_a_gaussian():
     randn = recorded()[0]
     out = xar.reverse_sde(velocity, randn(torch.empty(20_000, 1, 1, dtype=torch.float64)), 250, randn)
     assert abs(out.mean() - 1) < 0.02 and abs(out.std() - 0.5) < 0.02
-
-
-def test_noise_depends_on_the_index_alone():
-    whole, part = xar.indexed_randn(3, range(6)), xar.indexed_randn(3, [4, 2])
-    for shape in ((5, 2), (3, 2)):
-        assert torch.equal(whole(torch.empty(6, *shape))[[4, 2]], part(torch.empty(2, *shape)))

@@ -7,7 +7,9 @@ numbers enter linearly. tools/bench.py says how to call it.
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import align
 import ddp
+import dit
 import haste
 import haste_train
 import run
@@ -48,8 +50,12 @@ def saved_bytes(loss, model):
 def without_numbers(function):
     """Let a function work on tensors that have sizes but no numbers: seconds instead of minutes."""
     def fake(*args, **kwargs):
-        with FakeTensorMode():
-            return function(*args, **kwargs)
+        try:
+            dit._tables.cache_clear()                                       # what it keeps has numbers, or has none
+            with FakeTensorMode():
+                return function(*args, **kwargs)
+        finally:
+            dit._tables.cache_clear()
     return fake
 
 
@@ -59,6 +65,12 @@ def bytes_an_image(model, loss, shape):
         y = torch.zeros(B, dtype=torch.long)
         return saved_bytes(lambda: loss(torch.zeros(B, *shape), y), model)
     return count(2) - count(1)
+
+
+def sigma_arguments(cfg):
+    """Return the arguments of sit.SiT that the objective requires: a DiT has a second output."""
+    ddpm = cfg.objective == "ddpm"
+    return dict(learn_sigma=ddpm, keep_sigma=ddpm)
 
 
 @without_numbers
@@ -73,7 +85,8 @@ def sit_activations(cfg, depth, guided=False, pairs=0):
     if guided:
         projector = dict(z_dim=D, projector_dim=cfg.projector_dim, encoder_depth=1)
     model = sit.SiT(side, sit.SIT_CONFIGS[cfg.model]["patch_size"], channels, cfg.hidden_size,
-                    depth, cfg.num_heads, 1, qk_norm=cfg.qk_norm, **projector)
+                    depth, cfg.num_heads, 1, qk_norm=cfg.qk_norm, **sigma_arguments(cfg),
+                    **projector)
     N = model.grid ** 2
 
     def loss(x, y):
@@ -103,8 +116,9 @@ def xar_activations(cfg, depth):
 
 def teacher_sizes(cfg):
     """Return width and heads of a preset's teacher."""
-    small = dict(embed_dim=64, num_heads=4)                                 # what teacher.train_small makes
-    config = teachers.DINOV2_CONFIGS.get(cfg.teacher.removeprefix("dinov2_"), small)
+    config = dict(embed_dim=64, num_heads=4)                                # what teacher.train_small makes
+    if cfg.teacher != "small":
+        config, _ = teachers.TEACHERS[cfg.teacher]
     return config["embed_dim"], config["num_heads"]
 
 
@@ -117,7 +131,7 @@ def sit_memory(cfg):
     z_dim = None
     teacher = 0
     if cfg.align != "none":
-        _, pairs = haste_train.choose_layers(cfg)
+        _, pairs = align.choose_layers(cfg)
         z_dim, _ = teacher_sizes(cfg)
         features = sit_activations(cfg, 1, guided=True)
         activations += features - one
@@ -126,10 +140,11 @@ def sit_memory(cfg):
     with torch.device("meta"):
         model = sit.SiT(side, sit.SIT_CONFIGS[cfg.model]["patch_size"], channels, cfg.hidden_size,
                         cfg.depth, cfg.num_heads, training.CLASSES, z_dim=z_dim,
-                        projector_dim=cfg.projector_dim)
+                        projector_dim=cfg.projector_dim, **sigma_arguments(cfg))
         if cfg.align != "none" and cfg.teacher != "small":
-            size = cfg.teacher.removeprefix("dinov2_")
-            teacher = count_parameters(teachers.DINOv2(**teachers.DINOV2_CONFIGS[size]))
+            config, _ = teachers.TEACHERS[cfg.teacher]
+            family = cfg.teacher.split("_")[0]
+            teacher = count_parameters(teachers.ViT(**config, family=family))
     return activations, count_parameters(model), teacher
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+import align
 import ddp
 import haste_train
 import run
@@ -157,7 +158,7 @@ def haste_states(cfg, arch, device):
 
 def haste_steps(args, cfg, teacher, device, autocast):
     """Return {name: Step} of HASTE before and after its end, and of a plain SiT."""
-    feature_depth, pairs = haste_train.choose_layers(cfg, teacher.depth)
+    feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
     arch = dict(input_size=args.size, patch_size=sit.SIT_CONFIGS[cfg.model]["patch_size"],
                 in_channels=args.channels, hidden_size=cfg.hidden_size, depth=cfg.depth,
                 num_heads=cfg.num_heads, num_classes=CLASSES, qk_norm=cfg.qk_norm,
@@ -253,7 +254,9 @@ def gradient_difference(first, second):
 # ---- the program
 
 def flags(argv):
-    names = [name for name, p in presets().items() if p.get("align", "haste") == "haste"]
+    # the straightforward step is that of flow matching
+    names = [name for name, p in presets().items()
+             if p.get("align", "haste") == "haste" and p.get("objective") != "ddpm"]
     parser = run.Parser(PROGRAM, description="Compare training steps with straightforward ones.")
     add = parser.add_argument
     add("--preset", choices=names,
@@ -383,7 +386,7 @@ def as_in_training(steps, args, device):
     ours = [step for name, step in steps.items() if "straightforward" not in name]
     teacher = ours[0].teacher
     if teacher is not None and run.precision(args.precision, device) == "bf16":
-        haste_train.round_matrices(teacher)
+        align.round_matrices(teacher)
     if args.compile:
         for net in {step.model for step in ours} | ({teacher} - {None}):
             if isinstance(net, xar.XAR):
