@@ -68,10 +68,10 @@ def make_teacher(cfg, images, grid, processes):
         net = teachers.load_small(cfg.teacher_weights)
     else:
         net = processes.from_main(trained)
-    net = net.resize_pos_embed(grid).requires_grad_(False).eval().to(processes.device)
+    net = net.resize_pos_embed(grid)
     if run.precision(cfg.precision, processes.device) == "bf16":
         round_matrices(net)
-    return net
+    return net.to(processes.device)
 
 
 def round_matrices(net):

@@ -15,7 +15,7 @@ with `feature_depth, pairs = layer_map("SiT-XL")`, and
     x_t, v          the noisy image at time t (0 is data, 1 is noise) and its velocity
     z [B,N,D]       the student's tokens after `feature_depth` blocks and a projector to the
                     teacher's width: Linear-SiLU-Linear-SiLU-Linear, 2,048 wide in the papers
-    tokens [B,N,D]  the teacher's after its last norm, of the clean image: same crop, same mirroring
+    tokens [B,N,D]  the teacher's patch tokens of the clean image: same crop, same mirroring
     taps            (q, k) [B,H,N,d] of each paired block, just as scaled_dot_product_attention gets
                     them: after qk-norm and rotation, not yet multiplied by d^-1/2
 Both networks have the same N patch tokens in the same order; class and register tokens are cut off,

@@ -229,7 +229,7 @@ class ViT(nn.Module):
         self.num_heads = num_heads
         self.num_cls = int(self.family.cls_token)
         self.num_extra = self.num_cls + num_register_tokens  # tokens in front of the patches
-        self.grid = (img_size // patch_size, img_size // patch_size)  # rows, columns
+        self.grid = (img_size // patch_size,) * 2  # rows, columns
 
         def table(rows):
             return nn.Parameter(torch.zeros(1, rows, embed_dim)) if rows else None
@@ -290,10 +290,9 @@ class ViT(nn.Module):
         if self.pos_embed is not None and x.shape[2:] != self.grid:
             raise ValueError(f"{tuple(x.shape[2:])} patches do not fit positions of {self.grid}: "
                              f"call resize_pos_embed first")
-        parts = [x.flatten(2).transpose(1, 2)]
+        x = x.flatten(2).transpose(1, 2)  # [B,N,D]
         if self.num_cls:
-            parts.insert(0, self.cls_token.expand(len(x), -1, -1))
-        x = torch.cat(parts, dim=1)  # [B,1+N,D]
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         if self.register_tokens is not None:
@@ -303,7 +302,7 @@ class ViT(nn.Module):
         return self.norm_pre(x)
 
     def _rope(self, images):
-        """Return cosines and sines [2,1+R+N,d] of DINOv3's rotation, or None."""
+        """Return cosines and sines [2,tokens,d] of DINOv3's rotation, or None."""
         if not self.family.rotary:
             return None
         counts = [side // self.patch_size for side in images.shape[2:]]
@@ -379,7 +378,7 @@ def load_teacher(name="dinov2_vitb14", weights=None):
             raise ValueError("teacher small needs --teacher-weights, a file of train_small")
         return load_small(weights)
     if name not in TEACHERS:
-        raise ValueError(f"teacher {name!r} is neither small nor one of {', '.join(TEACHERS)}")
+        raise ValueError(f"--teacher {name} is neither small nor one of {', '.join(TEACHERS)}")
     config, file = TEACHERS[name]
     config = dict(config, family=name.split("_")[0])
     family = FAMILIES[config["family"]]
@@ -388,7 +387,7 @@ def load_teacher(name="dinov2_vitb14", weights=None):
     if weights is None and not path.exists():
         try:
             if url == file:
-                raise OSError("it takes a person")
+                raise OSError("only by hand")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except Exception as e:
@@ -421,11 +420,12 @@ def _read(path):
     try:
         if not zipfile.is_zipfile(path):
             return torch.load(path, map_location="cpu", weights_only=True)
-        with zipfile.ZipFile(path) as archive:
-            files = [f for f in archive.infolist() if "/code/" in f.filename.lower()]
-            code = b"".join(map(archive.read, files))
-        if code and b"__setstate__" not in code:
-            # CLIP's TorchScript: of its code, only such a method would run here
+        # torch's own reader: others may see other files in these bytes
+        archive = torch._C.PyTorchFileReader(str(path))
+        files = archive.get_all_records()
+        if "constants.pkl" in files and not any(
+                b"__setstate__" in archive.get_record(file) for file in files):
+            # CLIP's TorchScript: loading it runs a __setstate__, nothing else
             return torch.jit.load(path, map_location="cpu").state_dict()
         # mapped: of many gigabytes of training, only the teacher is read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -463,9 +463,9 @@ def _config_of(sd, family, num_heads):
     """Return the configuration that the shapes in a state dict say."""
     D, _, p, _ = sd["patch_embed.proj.weight"].shape
     heads = {c["embed_dim"]: c["num_heads"] for n, (c, _) in TEACHERS.items() if f"{family}_" in n}
-    num_heads = num_heads or heads.get(D) or (family == "clip" and D // 64)
+    num_heads = num_heads or heads.get(D) or family == "clip" and D // 64
     if not num_heads or D % num_heads:
-        raise ValueError(f"{num_heads} heads for a width of {D}: give num_heads")
+        raise ValueError(f"give num_heads, a divisor of the width {D}")
 
     columns = {name: w.shape[1] for name, w in sd.items() if w.ndim > 1}
     w3 = columns.get("blocks.0.mlp.w3.weight")

@@ -154,7 +154,7 @@ def test_a_worker_that_dies_is_restarted(tmp_path, small_teacher):
     (["--batch-size", "9"], "--batch-size 9 must be a multiple of 2 (processes x --accumulate)"),
     (["--data", "nowhere"], "--data nowhere is not a folder"),
     (["--teacher-weights", "nowhere.pt"], "nowhere.pt do not exist"),
-    (["--teacher", "dino"], "teacher 'dino' is neither small nor"),
+    (["--teacher", "dino"], "--teacher dino is neither small nor"),
     (["--eval-every", "1", "--eval-features", "inception", "--eval-weights", "nowhere.pt"], "--eval-weights nowhere.pt is"),
 ])
 def test_errors_of_many_processes_are_one_line(tmp_path, flags, message):
