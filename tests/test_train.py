@@ -653,6 +653,7 @@ def test_signal_finishes_the_step_and_saves(tiny_run, tmp_path, monkeypatch, cap
 
 
 def test_a_late_second_ctrl_c_kills(monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)                # a shell's background job ignores it
     clock = [100.0]
     monkeypatch.setattr(ddp.time, "monotonic", lambda: clock[0])
 
