@@ -26,7 +26,9 @@ from typing import Optional
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+
+import scenes
 
 DIGITS_FILE = Path(__file__).with_name("digits.npz")
 DIGITS_MAX = 16         # the brightest value
@@ -82,6 +84,7 @@ class Data:
     channels: int      # 1 grey, 3 RGB
     classes: list      # names, in the order of the labels
     packed: Optional[dict] = None  # of packed sets: what data.json says (ABOUT)
+    text: Optional[dict] = None  # of sets with captions: what encodes them, see text.py
 
     @property
     def shape(self):
@@ -148,6 +151,8 @@ class Data:
 
         was = saved["arch"]
         now = {**arch, "num_classes": len(self.classes)}
+        if self.text is not None:
+            now = {**arch, "context_dim": self.text["width"]}
         wrong = ", ".join(f"{k} {v} (was {was[k]})" for k, v in now.items() if was[k] != v)
         before = saved.get("packed_from")
         if packed and before and packed["fingerprint"] != before["fingerprint"]:
@@ -167,6 +172,8 @@ def open_data(source, image_size=None, root="out/data"):
     """
     if source == "digits":
         data = _digits()
+    elif source == "scenes":
+        data = _scenes()
     elif source in TORCHVISION_SETS:
         data = _torchvision(source, root)
     elif Path(source, "data.json").is_file():
@@ -207,6 +214,13 @@ def _digits():
     held = order[DIGITS_TRAIN:]
     return Data(ArraySet(images[train], labels[train]), ArraySet(images[held], labels[held]),
                 images.shape[-1], 1, [str(i) for i in range(10)])
+
+
+def _scenes():
+    digits = _digits()
+    train = scenes.SceneSet(digits.train.images, digits.train.labels, scenes.SCENES, seed=0)
+    held = scenes.SceneSet(digits.held.images, digits.held.labels, scenes.HELD_SCENES, seed=1)
+    return Data(train, held, scenes.CANVAS, 1, [], text=scenes.TEXT)
 
 
 def _torchvision(name, root):
@@ -491,7 +505,8 @@ def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
             wanted=lambda step: True, draw=lambda step: ()):
     """Yield (images, moments, labels, numbers) on `device`, for one batch after another, endlessly.
 
-    They are the rows `mine` of the global batches `start`, start + 1, ... Only packed sets have
+    They are the rows `mine` of the global batches `start`, start + 1, ... A set with captions gives
+    one of each image's, drawn from (seed, step), in place of the labels. Only packed sets have
     moments, else they are None. The images of packed sets are None in steps for which
     `wanted(step)` is false: nobody looks at them. `draw(step)` returns CPU tensors [B,...] for the
     global batch, a step's random numbers; `numbers` are their rows `mine`. All is read and drawn
@@ -507,7 +522,11 @@ def batches(dataset, seed, start, batch_size, mine=slice(None), device="cpu",
             moments = dataset.moments(rows)
         if moments is None or wanted(step):
             images, _ = dataset.read(rows)
-        batch = [images, moments, dataset.labels[rows], *(r[mine] for r in draw(step))]
+        labels = dataset.labels[rows]
+        if hasattr(dataset, "captions"):
+            u = np.random.default_rng([seed, step, 1]).random(batch_size)[mine]
+            labels = dataset.captions(rows, u)
+        batch = [images, moments, labels, *(r[mine] for r in draw(step))]
         if cuda:                                        # a copy from pinned memory need not wait
             batch = [None if b is None else b.pin_memory() for b in batch]
         return batch
@@ -563,25 +582,45 @@ def to_uint8(pixels, how="round"):
     return values.clamp(0, 255).byte()
 
 
-def image_grid(images, columns, side=64):
+def image_grid(images, columns, side=64, captions=None):
     """Return uint8 images [B,C,H,W] as one PIL image, row by row, on grey, with gaps of a pixel.
 
-    Images smaller than `side` pixels are enlarged to about that.
+    Images smaller than `side` pixels are enlarged to about that. `captions`, a string for each
+    image, stand below them.
     """
     B, _, H, W = images.shape
     columns = min(columns, B)
+    zoom = max(1, side // H)
+    if captions is not None:
+        return _with_captions(images, columns, side, captions)
     rows = math.ceil(B / columns)
     canvas = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 128, np.uint8)
     for i, image in enumerate(to_rgb(images).permute(0, 2, 3, 1).cpu().numpy()):
         top = i // columns * (H + 1)
         left = i % columns * (W + 1)
         canvas[top:top + H, left:left + W] = image
-    zoom = max(1, side // H)
     size = (canvas.shape[1] * zoom, canvas.shape[0] * zoom)
     return Image.fromarray(canvas).resize(size, Image.NEAREST)
 
 
-def save_grid(images, path, columns):
-    """Save uint8 images [B,C,H,W] as one picture, a PNG for example."""
+CAPTION_HEIGHT = 16                                                     # pixels
+
+
+def _with_captions(images, columns, side, captions):
+    rows = [image_grid(part, columns, side) for part in images.split(columns)]
+    zoom = max(1, side // images.shape[2])
+    step = rows[0].height + CAPTION_HEIGHT
+    canvas = Image.new("RGB", (rows[0].width, step * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        canvas.paste(row, (0, step * i))
+    for i, caption in enumerate(captions):
+        left = i % columns * (images.shape[3] + 1) * zoom
+        draw.text((left, step * (i // columns) + rows[0].height + 2), caption, "black")
+    return canvas
+
+
+def save_grid(images, path, columns, **kwargs):
+    """Save uint8 images [B,C,H,W] as one picture, a PNG for example; see `image_grid`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns).save(path)
+    image_grid(images, columns, **kwargs).save(path)

@@ -8,9 +8,15 @@
     fid                    with --eval-features inception: FID to training images. Of so few samples
                            it is too high, and to be compared within a run only
 Only the last one needs a pretrained network; on photographs only the last one means something.
+Scenes have captions instead of classes, and these scores (scenes.py):
+    fd             Frechet distance on pixels to scenes of held-out digits
+    text_accuracy  share of samples with every named digit right, in its place
+    place          share of the ink inside the named boxes; large digits do not count
+    ..._unseen     the same for the pairs of digits that never occur in training
 
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +25,13 @@ import torch
 import dit
 import fid
 import run
+import scenes
 import sit
 from data import save_grid, to_uint8
 
 REFERENCE_IMAGES = 10_000                                                   # compared with, at most
 BATCH = 256
+SHEET = 30                                                                  # scenes with captions on a picture
 INCEPTION_BATCH = 64
 
 
@@ -62,6 +70,10 @@ def reference(images, inception=None):
         rows = _some_rows(images.train)
         batches = (images.train.read(part)[0] for part in rows.split(INCEPTION_BATCH))
         sets["inception"] = inception, inception_gaussian(inception, batches)
+    if isinstance(images.train, scenes.SceneSet):
+        digits = images.train.images, images.train.digit_labels
+        held, _ = images.held.read(torch.arange(len(images.held)))
+        return {"digits": digits, "held": fid.pixel_features(held)}
     for name, split in (("train", images.train), ("held", images.held)):
         if split is None or len(split) < 2:                                 # a covariance needs two
             continue
@@ -73,6 +85,28 @@ def reference(images, inception=None):
             labels.append(y)
         sets[name] = (torch.cat(features), torch.cat(labels))
     return sets
+
+
+@dataclass
+class Prompts:
+    """What the samples of an evaluation are made for."""
+
+    y: object           # class ids [M], or captions as the data set has them, [M,L] or [M,L,C]
+    texts: object = None        # the captions as strings, if known
+    meanings: object = None     # of scenes: what they show, [M]; first pairs seen in training
+    seen: int = 0               # so many
+
+
+def prompts(images, count):
+    """Return the Prompts of `count` samples: classes or captions in turn. images: data.Data."""
+    if images.text is None:
+        return Prompts(torch.arange(count) % len(images.classes))
+    if isinstance(images.train, scenes.SceneSet):
+        meanings = torch.cat(scenes.prompts(images.held, count))
+        ids = images.held.ids[meanings, torch.arange(len(meanings)) % 2]
+        return Prompts(ids, scenes.captions_of(meanings), meanings, count)
+    rows = torch.arange(count) * len(images.train) // count
+    return Prompts(images.train.captions(rows, torch.zeros(count)))
 
 
 def _some_rows(split):
@@ -99,9 +133,10 @@ def scores(samples, sets, num_classes):
     fake = torch.cat([fid.pixel_features(x) for x in samples.split(BATCH)])
     real, labels = sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
-    right = labels[neighbour] == torch.arange(len(fake)) % num_classes
-    row = {"fd": frechet(fake, real), "accuracy": right.double().mean().item(),
-           "nearest": distance.mean().item()}
+    row = {"fd": frechet(fake, real), "nearest": distance.mean().item()}
+    if num_classes is not None:
+        right = labels[neighbour] == torch.arange(len(fake)) % num_classes
+        row["accuracy"] = right.double().mean().item()
     if "inception" in sets:
         inception, expected = sets["inception"]
         found = inception_gaussian(inception, samples.split(INCEPTION_BATCH))
@@ -113,31 +148,51 @@ def scores(samples, sets, num_classes):
     return row
 
 
-def evaluate_sit(ema, contrast, decode, reference, cfg, processes, autocast):
-    """Sample from a SiT's or DiT's averaged weights, draw OUT/samples.png, and return the scores.
+def scene_scores(samples, wanted, reference):
+    """Return {name: number} for samples uint8 [M,1,H,W] of scenes; wanted: their Prompts."""
+    right, place = scenes.judge(samples, wanted.meanings, *reference["digits"])
+    n = wanted.seen
+    fake = fid.pixel_features(samples[:n])
+    return {"fd": frechet(fake, reference["held"]),
+            "text_accuracy": right[:n].double().mean().item(),
+            "text_accuracy_unseen": right[n:].double().mean().item(),
+            "place": place[:n].nanmean().item(),
+            "place_unseen": place[n:].nanmean().item()}
 
-    cfg is haste_train.py's configuration; contrast is for sit.sample_ode, or None; decode maps
-    latents to pixels, see vae.load_decoder. Only the first process has scores, the others return
-    {}.
+
+def evaluate_sit(ema, condition, wanted, contrast, decode, reference, cfg, processes, autocast):
+    """Sample from a run's averaged weights, draw OUT/samples.png, and return the scores.
+
+    cfg is haste_train.py's configuration; wanted: the Prompts, which condition (models.Condition)
+    turns into what the model takes; contrast is for sit.sample_ode, or None; decode maps latents to
+    pixels, see vae.load_decoder. Only the first process has scores, the others return {}.
     """
     shape = (ema.in_channels, ema.input_size, ema.input_size)
 
     def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
-        labels = (rows % ema.num_classes).to(processes.device)
+        y = wanted.y[rows % len(wanted.y)].to(processes.device)
         randn = run.indexed_randn(cfg.seed, rows)
         noise = randn(torch.empty(len(rows), *shape, device=processes.device))
         with autocast:
+            y = condition(y)
             if cfg.objective == "ddpm":
-                x = dit.sample_ddpm(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg, randn=randn)
+                x = dit.sample_ddpm(ema, noise, y, cfg.eval_steps, cfg.eval_cfg, randn=randn)
             else:
-                x = sit.sample_ode(ema, noise, labels, cfg.eval_steps, cfg.eval_cfg,
-                                   contrast=contrast)
+                x = sit.sample_ode(ema, noise, y, cfg.eval_steps, cfg.eval_cfg,
+                                   null_label=condition.null, contrast=contrast)
             return to_uint8(decode(x))
 
-    samples = draw_samples(cfg.eval_samples, draw, processes)
+    samples = draw_samples(len(wanted.y), draw, processes)
     if not processes.main:
         return {}
-    sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
+    picture = Path(cfg.out, "samples.png")
+    if wanted.meanings is not None:
+        save_grid(samples[:SHEET], picture, 6, side=144, captions=wanted.texts[:SHEET])
+        return scene_scores(samples, wanted, reference)
+    if wanted.y.ndim > 1:                                                   # captions
+        save_grid(samples[:100], picture, 10)
+        return scores(samples, reference, None)
+    sample_sheet(samples, ema.num_classes, picture)
     return scores(samples, reference, ema.num_classes)
 
 
@@ -146,9 +201,15 @@ def print_summary(rows, out, advice):
     scored = [row for row in rows if "fd" in row]
     if scored:
         last = scored[-1]
-        print(f"after {last['step']} steps and {rows[-1]['seconds']:.0f} s of training: Frechet "
-              f"distance {last['fd']:.3f} on pixels, {100 * last['accuracy']:.1f} % of the samples "
-              f"look like their class")
+        words = [f"Frechet distance {last['fd']:.3f} on pixels"]
+        if "accuracy" in last:
+            words.append(f"{100 * last['accuracy']:.1f} % of the samples look like their class")
+        if "text_accuracy" in last:
+            words.append(f"{100 * last['text_accuracy']:.1f} % of the samples show what their "
+                         f"caption says, {100 * last['text_accuracy_unseen']:.1f} % of the pairs "
+                         f"that were never seen")
+        print(f"after {last['step']} steps and {rows[-1]['seconds']:.0f} s of training: "
+              f"{', '.join(words)}")
         pictures = [Path(out, name) for name in ("samples.png", "growth.png", "curves.png")]
         print("pictures: " + ", ".join(str(path) for path in pictures if path.exists()))
     print(f"next: {advice}")
@@ -184,7 +245,8 @@ PANELS = {
     "loss": "loss of the objective", "feature_loss": "feature loss",
     "attention_loss": "attention loss",
     "grad_cosine": "cosine of gradients", "fd": "Frechet distance on pixels", "fid": "FID",
-    "accuracy": "accuracy",
+    "accuracy": "accuracy", "text_accuracy": "captions obeyed",
+    "text_accuracy_unseen": "pairs never seen",
 }
 
 

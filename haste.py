@@ -45,6 +45,8 @@ ALIGNMENT = {
     "SiT-B": _BASE,
     "SiT-L": _LARGE,
     "SiT-XL": _LARGE,
+    "MMDiT-Ti": dict(feature_depth=2, feature_depth_repa=2, pairs=((0, 8), (1, 11))),
+    "MMDiT-24": _LARGE,
 }
 
 

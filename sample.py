@@ -1,18 +1,22 @@
-"""Draw samples from any checkpoint of SiT, DiT or xAR: a picture, an animation, or thousands.
+"""Draw samples from any checkpoint of SiT, DiT, MM-DiT, xAR: a picture, an animation, or thousands.
 
     python sample.py --ckpt out/ckpt.pt --cfg 1.5               a grid of 100 samples: out/grid.png
     python sample.py --ckpt out/ckpt.pt --out out/noise.gif     the same grid on its way from noise
     python sample.py --ckpt dit-xl-256 --cfg 1.5 --guided-channels 3        a published DiT
+    python sample.py --ckpt out/scenes/ckpt.pt "a seven left of a three" "a large four"
     torchrun --nproc_per_node=8 sample.py --ckpt xar-b --samples 50000 --cfg 2.7 --out xar-b.npz
 
 The names of the checkpoint's tensors say which model it holds. Sample i depends on (--seed, i)
 alone, not on the batch, the number of processes, or the order. An .npz has ADM's layout, which
 fid.py and the papers' evaluators read; if its command is interrupted, the same command resumes.
 """
+import hashlib
 import json
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -22,8 +26,12 @@ import ddp
 import dit
 import evaluate
 import fid
+import mmdit
+import models
 import run
+import scenes
 import sit
+import text
 import vae
 import xar
 
@@ -33,11 +41,14 @@ XAR_STEPS = 40
 FRAMES = 20                                                                 # of an animation
 FRAME_MS = 100                                                              # each is shown so long, the last one longer
 LAST_FRAME_MS = 2000
+GIF_SIDE = 32                                                               # pixels of an image, at least
+CAPTION_SIDE = 144                                                          # wide enough for its caption
 
 
 def parse_args(argv):
     parser = run.Parser(PROGRAM, description="Sample images from a checkpoint.")
     add = parser.add_argument
+    add("words", nargs="*", metavar="CAPTION", help="captions, for a model that takes them")
     add("--ckpt", default="out/ckpt.pt",
         help=f"checkpoint: a file, or a published one by name ({', '.join(run.CHECKPOINTS)})")
     add("--out", help="a picture (.png), an animation from noise (.gif), or all images for fid.py "
@@ -45,18 +56,23 @@ def parse_args(argv):
     add("--samples", type=int, help="number of images; if not given, 100, in an animation 50")
     add("--cfg", type=float, default=1.0,
         help="classifier-free guidance (xAR: of the last entity); 1 is none")
-    add("--interval", type=float, nargs=2, help="times with guidance, low high; SiT only")
+    add("--interval", type=float, nargs=2, help="times with guidance, low high; SiT and MM-DiT")
     add("--sampler", choices=("sde", "ode", "heun"),
-        help="Euler-Maruyama, Euler or Heun; SiT only, sde if not given")
+        help="Euler-Maruyama, Euler or Heun; SiT and MM-DiT, sde if not given")
     add("--steps", type=int,
         help=f"sampling steps; if not given, {SIT_STEPS} (xAR: {XAR_STEPS} an entity)")
     add("--path", choices=("linear", "cosine"),
-        help="path, if the checkpoint does not say; SiT only")
+        help="path, if the checkpoint does not say; SiT and MM-DiT")
     add("--objective", choices=("flow", "ddpm"),
         help="flow: SiT, ddpm: DiT; if not given, what the checkpoint says, else flow")
     add("--guided-channels", type=int,
         help="--cfg acts on the first ones of the noise; DiT only, all if not given; 3 made its "
              "published figures")
+    add("--captions", help="a file with a caption a line, or a folder of prepare.py --captions, of "
+                           "which each image's is taken, in order")
+    add("--text", help="file with CLIP's text tower; if not given, it is fetched")
+    add("--merges", help="file with its merges (bpe_simple_vocab_16e6.txt.gz, merges.txt); if not "
+                         "given, it is fetched")
     add("--label", type=int, help="class of all images")
     add("--labels", choices=("balanced", "random"), default="balanced",
         help="classes in turn, or random ones that depend on the index")
@@ -89,36 +105,24 @@ def check(args):
         args.out = str(Path(folder, "grid.png"))
     run.require(args, Path(args.out).suffix.lower() in (".png", ".gif", ".npz"), "out",
                 "must end in .png, .gif or .npz")
-    if args.samples is None:
-        args.samples = 50 if args.out.lower().endswith(".gif") else 100
+    if args.words and args.captions:
+        raise ValueError(f"--captions {args.captions}: captions are given as words, too; choose one")
 
 
 # ---- models: each has a function that draws latents, and one that also shows the way there
 
-def load_model(path, num_heads, objective=None):
-    """Load the model of a checkpoint, in eval mode; the names of its tensors say which one.
-
-    `objective` is for a SiT or DiT whose file does not say which of them it is.
-    """
-    content = sit.read_checkpoint(path)
-    content = content if isinstance(content, dict) else {}
-    weights = content.get("model_ema", content.get("ema", content))
-    if "z_proj.weight" in weights:
-        return xar.load_xar(path, num_heads)
-    if "x_embedder.proj.weight" in weights:
-        return sit.load_sit(path, num_heads, objective)
-    raise ValueError(f"{path}: holds neither a SiT nor an xAR")
-
-
 def kind_of(model):
     if isinstance(model, xar.XAR):
         return "xAR"
+    if isinstance(model, mmdit.MMDiT):
+        return "MM-DiT"
     return "DiT" if model.objective == "ddpm" else "SiT"
 
 
-def draw_sit(model, args, rows, labels, watch=None):
-    """Return latents [b,C,h,w] of a SiT or DiT.
+def draw_sit(model, args, rows, y, null, watch=None):
+    """Return latents [b,C,h,w] of a SiT, DiT or MM-DiT.
 
+    y: class ids [b], or features of captions [b,L,C]; null is the same of no label.
     watch(x), if given, sees the states that lead there.
     """
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -131,57 +135,61 @@ def draw_sit(model, args, rows, labels, watch=None):
             watch(x[:len(rows)])                                            # with guidance, the rest is a copy
         return model(x, t, y)
 
-    labels = labels.to(device)
-    settings = dict(num_steps=args.steps, cfg_scale=args.cfg, null_label=model.num_classes)
+    settings = dict(num_steps=args.steps, cfg_scale=args.cfg, null_label=null)
     if kind_of(model) == "DiT":
-        return dit.sample_ddpm(network, noise, labels, guided_channels=args.guided_channels,
+        return dit.sample_ddpm(network, noise, y, guided_channels=args.guided_channels,
                                randn=randn, **settings)
     settings.update(cfg_interval=args.interval, contrast=model.contrast)
     if args.sampler == "sde":
-        return sit.sample_sde(network, noise, labels, path=args.path, randn=randn, **settings)
-    return sit.sample_ode(network, noise, labels, heun=args.sampler == "heun", **settings)
+        return sit.sample_sde(network, noise, y, path=args.path, randn=randn, **settings)
+    return sit.sample_ode(network, noise, y, heun=args.sampler == "heun", **settings)
 
 
-def draw_xar(model, args, rows, labels):
-    """Return latents [b,C,h,w]."""
-    return model.sample(labels, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
+def draw_xar(model, args, rows, y, null):
+    """Return latents [b,C,h,w]; y [b] class ids. The model itself knows which is the null label."""
+    return model.sample(y, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
 
 
-def states_of_sit(model, args, rows, labels):
+def states_of_sit(model, args, rows, y, null):
     """Return at most FRAMES states [b,C,h,w] from noise to samples, which are the last."""
     states = []
-    samples = draw_sit(model, args, rows, labels, watch=states.append)
+    samples = draw_sit(model, args, rows, y, null, watch=states.append)
     stride = -(-len(states) // (FRAMES - 1))                                # rounded up
     return states[::stride] + [samples]
 
 
-def states_of_xar(model, args, rows, labels):
+def states_of_xar(model, args, rows, y, null):
     """Return at most FRAMES states [b,C,h,w], each with more entities than the one before."""
-    tokens = model.sample_tokens(labels, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
+    tokens = model.sample_tokens(y, args.steps, args.cfg, run.indexed_randn(args.seed, rows))
     return list(evaluate.growth(model, tokens, FRAMES).unbind(1))
 
 
 # flags that not every model has
-FLAGS_OF = {"interval": "SiT", "sampler": "SiT", "path": "SiT", "objective": "SiT and DiT",
-            "guided_channels": "DiT"}
+FLOW = ("SiT", "MM-DiT")
+FLAGS_OF = {"interval": FLOW, "sampler": FLOW, "path": FLOW, "objective": ("SiT", "DiT"),
+            "guided_channels": ("DiT",), "label": ("SiT", "DiT", "xAR"), "captions": ("MM-DiT",),
+            "text": ("MM-DiT",), "merges": ("MM-DiT",)}
 
 
 def fill_in(args, model):
     """Set what --steps and the flags of FLAGS_OF mean for this model. Raises ValueError."""
     kind = kind_of(model)
-    article = "an" if kind == "xAR" else "a"
+    article = "a" if kind in ("SiT", "DiT") else "an"
     for name, kinds in FLAGS_OF.items():
         run.require(args, getattr(args, name) is None or kind in kinds, name,
-                    f"is for {kinds}, and {args.ckpt} holds {article} {kind}: leave it out")
-    if kind == "xAR":
-        args.steps = args.steps or XAR_STEPS
-        return
-    args.steps = args.steps or SIT_STEPS
-    args.objective = model.objective
-    if kind == "SiT":
+                    f"is for {' and '.join(kinds)}, and {args.ckpt} holds {article} {kind}: leave "
+                    f"it out")
+    if args.words and kind != "MM-DiT":
+        raise ValueError(f"{args.words[0]!r} is a caption, and {args.ckpt} holds {article} {kind}, "
+                         f"which takes none: leave it out")
+    args.steps = args.steps or (XAR_STEPS if kind == "xAR" else SIT_STEPS)
+    if kind in FLOW:
         args.interval = args.interval or [0.0, 1.0]
         args.sampler = args.sampler or "sde"
         args.path = args.path or model.path
+    if kind in ("SiT", "DiT"):
+        args.objective = model.objective
+    if kind != "DiT":
         return
     run.require(args, args.steps <= dit.NUM_STEPS, "steps",
                 f"must be at most {dit.NUM_STEPS}, the steps that a DiT was trained with")
@@ -193,13 +201,90 @@ def fill_in(args, model):
                 f"must be at most {C}, the channels of {args.ckpt}")
 
 
-def labels_of(args, rows, num_classes):
-    """Return the class ids [b] of the samples `rows` [b]."""
+# ---- what the samples are made for: classes, or captions
+
+@dataclass
+class Wanted:
+    """Labels of the samples: class ids, or numbers of captions."""
+
+    count: int          # of classes or captions
+    read: Callable      # labels [b] -> what `condition` takes
+    condition: object   # a models.Condition
+    texts: list = None  # the captions
+
+
+def wanted_of(args, model, processes):
+    """Return what the flags ask for. Raises ValueError if it does not fit the model."""
+    if not isinstance(model, mmdit.MMDiT):
+        if args.label is not None and args.label >= model.num_classes:
+            raise ValueError(f"--label {args.label} must lie in 0 ... {model.num_classes - 1}, the "
+                             f"model's classes")
+        no_label = torch.tensor(model.num_classes, device=processes.device)
+        return Wanted(model.num_classes, torch.as_tensor, models.Condition(no_label))
+
+    # the official checkpoints do not say that they are of CLIP
+    about = model.text or {"encoder": "clip"}
+    if args.captions and Path(args.captions).is_dir():
+        texts, read, null = captions_of_folder(args, about)
+    else:
+        texts = captions_of_words(args, about)
+        tokenizer = processes.main_first(lambda: text.open_tokenizer(about, args.merges))
+        ids = tokenizer(texts)
+        if tokenizer.cut:
+            processes.print(f"note: {tokenizer.cut} captions were longer than {tokenizer.length} "
+                            f"tokens and are cut")
+        read = ids.__getitem__
+        null = tokenizer([""])[0]
+    encoder = None
+    if null.ndim == 1:                                                      # else packed as features
+        encoder = processes.main_first(lambda: text.open_encoder(about, args.text))
+        encoder = encoder.to(processes.device)
+    condition = models.Condition(null.to(processes.device), encoder)
+    return Wanted(len(texts), read, condition, texts)
+
+
+def captions_of_words(args, about):
+    """Return the captions of the command line, of a file, or of a few scenes."""
+    if args.words:
+        return args.words
+    if args.captions:
+        try:
+            lines = Path(args.captions).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"--captions {args.captions} is neither a folder of prepare.py nor a "
+                             f"text file ({type(e).__name__})") from None
+        lines = [line.strip() for line in lines if line.strip()]
+        run.require(args, lines, "captions", "holds no captions: write one a line")
+        return lines
+    if about["encoder"] == "words":
+        return scenes.EXAMPLES
+    raise ValueError(f"{args.ckpt} draws what a text says: give captions after the flags, or "
+                     f"--captions FILE")
+
+
+def captions_of_folder(args, about):
+    """Return a caption of each image in --captions, how to read them, and the null caption."""
+    images = data.open_data(args.captions)
+    run.require(args, images.text is not None, "captions", "has class labels: prepare it with "
+                                                           "--captions")
+    was = about.get("fingerprint")
+    if was not in (None, images.text["fingerprint"]):
+        raise ValueError(f"--captions {args.captions} was prepared with another text encoder than "
+                         f"that of {args.ckpt}: prepare it with the same --text")
+    # which of an image's captions depends on the seed and the image
+    choice = [np.random.default_rng([args.seed, i, 2]).random() for i in range(len(images.train))]
+    choice = torch.tensor(choice)
+    texts = images.train.texts(torch.arange(len(choice)), choice)
+    return texts, lambda rows: images.train.captions(rows, choice[rows]), images.train.null
+
+
+def labels_of(args, rows, count):
+    """Return the labels [b] of the samples `rows` [b]: class ids, or numbers of captions."""
     if args.label is not None:
         return torch.full_like(rows, args.label)
     if args.labels == "balanced":
-        return rows % num_classes
-    labels = [np.random.default_rng([args.seed, int(i), 1]).integers(num_classes) for i in rows]
+        return rows % count
+    labels = [np.random.default_rng([args.seed, int(i), 1]).integers(count) for i in rows]
     return torch.tensor(labels)
 
 
@@ -211,52 +296,48 @@ def sample(args, processes):
     objective = args.objective
     if objective is None and args.ckpt in run.DITS:
         objective = "ddpm"
-    model = load_model(path, args.num_heads, objective).to(device)
+    model = models.load(path, args.num_heads, objective).to(device)
     fill_in(args, model)
-    if isinstance(model, sit.SiT):
-        channels = model.in_channels
-        draw_latents = draw_sit
-        draw_states = states_of_sit
-    else:
+    if isinstance(model, xar.XAR):
         channels = model.channels
         draw_latents = draw_xar
         draw_states = states_of_xar
-    if args.label is not None and args.label >= model.num_classes:
-        raise ValueError(f"--label {args.label} must lie in 0 ... {model.num_classes - 1}, the "
-                         f"model's classes")
+    else:
+        channels = model.in_channels
+        draw_latents = draw_sit
+        draw_states = states_of_sit
+    wanted = wanted_of(args, model, processes)
     decode = processes.main_first(
         lambda: vae.load_decoder(model.packed_from, args.vae, channels, device))
     autocast = run.autocast(args.precision, device)
     out = Path(args.out)
     run.make_folder(out.parent, args.out)
-    columns = min(10, model.num_classes)
-    if args.label is not None or args.labels == "random":
-        columns = 10
+    args.samples = args.samples or usual_number(args, wanted)
+    labels = labels_of(args, torch.arange(args.samples), wanted.count)
 
     def to_bytes(latents):                                                  # [b,C,h,w] -> uint8 [b,C,H,W]
         return to_uint8(decode(latents), args.to_uint8)
 
-    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
-        labels = labels_of(args, rows, model.num_classes)
+    def draw(rows, draw_latents=draw_latents):                              # indices [b] -> latents
         with autocast:
-            latents = draw_latents(model, args, rows, labels)
-        return to_bytes(latents)
+            y = wanted.condition(wanted.read(labels[rows % len(labels)]).to(device))
+            return draw_latents(model, args, rows, y, wanted.condition.null)
 
+    def draw_images(rows):                                                  # indices [b] -> uint8 [b,C,H,W]
+        return to_bytes(draw(rows))
+
+    order, grid = layout(args, wanted, labels)
     if out.suffix.lower() == ".png":
-        images = evaluate.draw_samples(args.samples, draw, processes, args.batch_size)
+        images = evaluate.draw_samples(args.samples, draw_images, processes, args.batch_size)
         if processes.main:
-            data.save_grid(images, out, columns)
+            data.save_grid(images[order], out, **grid)
     elif out.suffix.lower() == ".gif":
         if processes.main:
-            rows = torch.arange(args.samples)
-            labels = labels_of(args, rows, model.num_classes)
-            with autocast:
-                states = draw_states(model, args, rows, labels)
-            save_gif([to_bytes(state).cpu() for state in states], out, columns)
+            states = draw(torch.arange(args.samples), draw_states)
+            save_gif([to_bytes(state)[order].cpu() for state in states], out, **grid)
     else:
-        labels = labels_of(args, torch.arange(args.samples), model.num_classes)
-        write_npz(out, labels.numpy(), draw, settings_of(args, model, processes), columns, args,
-                  processes)
+        settings = settings_of(args, model, wanted, processes)
+        write_npz(out, labels.numpy(), draw_images, settings, grid["columns"], args, processes)
         return
     processes.print(f"{out}: {args.samples} samples")
 
@@ -269,27 +350,59 @@ def to_uint8(x, how):
     return data.to_uint8(x, how)
 
 
-def save_gif(frames, path, columns):
-    """Write frames, each uint8 [B,C,H,W], as an animation of one grid."""
+def usual_number(args, wanted):
+    """Return how many samples a picture has, if --samples does not say."""
+    if wanted.texts is not None:
+        return min(100, max(1, 40 // wanted.count) * wanted.count)
+    return 50 if args.out.lower().endswith(".gif") else 100
+
+
+def layout(args, wanted, labels):
+    """Return the order of the samples in a picture, and how data.image_grid arranges them.
+
+    Classes stand in columns. A caption has a row of its own if there are enough samples, and stands
+    below it.
+    """
+    order = torch.arange(args.samples)
+    if wanted.texts is None:
+        columns = 10
+        if args.label is None and args.labels == "balanced":
+            columns = min(columns, wanted.count)
+        return order, dict(columns=columns)
+
+    each = args.samples // wanted.count
+    if each < 2 or args.samples % wanted.count or args.labels == "random":
+        captions = [wanted.texts[label] for label in labels]
+        return order, dict(columns=5, captions=captions, side=CAPTION_SIDE)
+    captions = []
+    for caption in wanted.texts:
+        captions += [caption, *[""] * (each - 1)]
+    return order.view(each, -1).T.flatten(), dict(columns=each, captions=captions)
+
+
+def save_gif(frames, path, columns, captions=None, side=GIF_SIDE):
+    """Write frames, each uint8 [B,C,H,W], as an animation of one grid; see data.image_grid."""
     # few colours and small tiles make a small file; a GIF has at most 256 colours
     colours = 16 if frames[0].shape[1] == 1 else 256
-    images = [data.image_grid(frame, columns, side=32).quantize(colours) for frame in frames]
+    images = [data.image_grid(frame, columns, side, captions).quantize(colours) for frame in frames]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 # ---- tens of thousands of samples: drawn in parts, so that a crash costs one part of each process
 
-def settings_of(args, model, processes):
+def settings_of(args, model, wanted, processes):
     """Return a line of JSON that says what the samples are; only the first process needs it."""
     if not processes.main:
         return None
-    free = {"ckpt", "samples", "batch_size", "device", "out"}
+    free = {"ckpt", "samples", "batch_size", "device", "out", "words", "captions", "text", "merges"}
     if kind_of(model) != "DiT":                                             # older files of others know nothing of them
         free |= {"objective", "guided_channels"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["precision"] = run.precision(args.precision, processes.device)
     settings["weights"] = run.weights_hash(model)
+    if wanted.texts is not None:
+        settings["captions"] = hashlib.sha256(json.dumps(wanted.texts).encode()).hexdigest()[:16]
     return json.dumps(settings, sort_keys=True)
 
 

@@ -360,6 +360,8 @@ def _guided(velocity, y, dtype, cfg_scale, null_label, contrast):
     if cfg_scale != 1 and null is None:
         raise ValueError("guidance needs the null label: pass null_label, or a velocity with the "
                          "attribute num_classes")
+    if null is not None:
+        null = torch.as_tensor(null).to(y)                                  # a class id, or a caption's features
     t_dtype = torch.promote_types(dtype, torch.float32)                     # t is never bfloat16
 
     def f(x, t, guide):
@@ -367,7 +369,7 @@ def _guided(velocity, y, dtype, cfg_scale, null_label, contrast):
         ts = torch.full((len(x),), t, device=x.device, dtype=t_dtype)       # [B]
         if not guide:
             return _as_state(velocity(x, ts, y))
-        labels = torch.cat([y, torch.full_like(y, null)])                   # [2B]: with label, then without
+        labels = torch.cat([y, null.expand_as(y)])                          # [2B,...]: with label, then without
         v = velocity(torch.cat([x, x]), torch.cat([ts, ts]), labels)
         c, u = _as_state(v).chunk(2)
         v = u + cfg_scale * (c - u)

@@ -75,6 +75,18 @@ assert mean.shape == std.shape == (1, 4, 4, 4) and model.decode(mean).shape == x
 torch.save(model.state_dict(), "w.pt")
 assert torch.allclose(vae.load_vae("w.pt").decode(mean), model.decode(mean), atol=1e-5)
 """,
+    "text.py": """
+import torch, text
+open("merges.txt", "w").write("#version: 0.2\\nc a\\nca t</w>\\n")
+tokenizer = text.Tokenizer("merges.txt", length=8)
+net = text.ClipText(tokenizer.vocabulary, 8, 32, 2, 2)
+torch.save(net.state_dict(), "w.pt")
+ids = tokenizer(["A cat", ""])
+assert ids[0].tolist() == [514, 320, 513, 515, 515, 515, 515, 515] and tokenizer.cut == 0
+assert text.load_clip_text("w.pt")(ids).shape == (2, 8, 32)
+about = dict(encoder="words", words=["red", "square"], length=3, width=4)
+assert text.open_encoder(about)(text.open_tokenizer(about)(["red square", ""])).shape == (2, 3, 4)
+""",
     "fid.py": """
 import torch, fid
 images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)

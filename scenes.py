@@ -1,0 +1,158 @@
+"""Scenes: one or two handwritten digits on a canvas of 16 x 16 pixels, and the captions that say so.
+
+    "a large four"                  a digit of twice its size fills the canvas
+    "a four in the upper left"      a digit in one of the four corners
+    "a four left of a seven"        two digits, also "a seven right of a four"; or above and below
+
+The world is small enough to be judged without a pretrained network: every caption says which digits
+are to be seen, and where. So the named boxes are cut out of a sample, and each is compared with real
+digits. 20 of the 100 ordered pairs never occur in training; whether they are drawn correctly shows
+if a model has learnt words or sentences. Twenty-one words are not language.
+
+A scene's *meaning* is one of 250 numbers: 10 large digits, 40 in corners, 200 pairs.
+
+Letters: b scenes, L words of a caption.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import text
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = (*DIGITS, "a", "large", "in", "the", "upper", "lower", "left", "right", "of", "above",
+         "below")
+LONGEST = 6                                                                 # words
+TEXT = dict(encoder="words", words=list(WORDS), length=LONGEST, width=64)
+
+CANVAS = 16
+SIDE = 8                                                                    # of a digit
+CORNERS = {"upper left": (0, 0), "upper right": (0, 8), "lower left": (8, 0), "lower right": (8, 8)}
+# where the first and the second digit of a pair are, and the two ways to say it
+RELATIONS = ((((4, 0), (4, 8)), "left of", "right of"),
+             (((0, 4), (8, 4)), "above", "below"))
+UNSEEN_STEPS = (3, 7)   # pairs (a, b) with b - a = 3 or 7, modulo 10, do not occur in training
+
+SCENES = 30_000                                                             # of the training set
+HELD_SCENES = 2_000
+SHARES = dict(large=0.25, corner=0.25, pair=0.5)
+
+
+class Meaning:
+    """What a scene shows: digits, their boxes (top, left, side), and the captions that say so."""
+
+    def __init__(self, number):
+        if number < 10:
+            self.kind = "large"
+            self.digits = [number]
+            self.boxes = [(0, 0, CANVAS)]
+            name = DIGITS[number]
+            self.captions = [f"a large {name}", f"the large {name}"]
+        elif number < 50:
+            corner = list(CORNERS)[number // 10 - 1]
+            self.kind = "corner"
+            self.digits = [number % 10]
+            self.boxes = [(*CORNERS[corner], SIDE)]
+            name = DIGITS[number % 10]
+            self.captions = [f"a {name} in the {corner}", f"in the {corner} a {name}"]
+        else:
+            places, forth, back = RELATIONS[(number - 50) // 100]
+            self.kind = "pair"
+            self.digits = [(number - 50) // 10 % 10, number % 10]
+            self.boxes = [(*place, SIDE) for place in places]
+            first, second = (DIGITS[digit] for digit in self.digits)
+            self.captions = [f"a {first} {forth} a {second}", f"a {second} {back} a {first}"]
+        self.unseen = self.kind == "pair" and (self.digits[1] - self.digits[0]) % 10 in UNSEEN_STEPS
+
+
+MEANINGS = [Meaning(number) for number in range(250)]
+UNSEEN = [number for number, meaning in enumerate(MEANINGS) if meaning.unseen]
+
+
+class SceneSet:
+    """Scenes, composed when they are read: scene i depends on (seed, i) and the digits alone."""
+
+    def __init__(self, images, labels, count, seed):
+        """images uint8 [M,1,8,8] and labels [M] of single digits."""
+        self.images = images
+        self.digit_labels = labels
+        self.by_label = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
+
+        # numpy promises that RandomState never changes
+        rng = np.random.RandomState(seed)
+        seen = [number for number in range(len(MEANINGS)) if number not in UNSEEN]
+        kinds = [MEANINGS[number].kind for number in seen]
+        shares = [SHARES[kind] / kinds.count(kind) for kind in kinds]
+        self.labels = torch.from_numpy(rng.choice(seen, count, p=shares)).long()
+        self.choice = rng.rand(count, 2)                                    # which of the digits
+
+        tokenizer = text.WordTokenizer(WORDS, LONGEST)
+        self.ids = torch.stack([tokenizer(m.captions) for m in MEANINGS])   # [250,2,L]
+        self.null = tokenizer([""])[0]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def compose(self, row):
+        meaning = MEANINGS[self.labels[row]]
+        canvas = torch.zeros(1, CANVAS, CANVAS, dtype=torch.uint8)
+        for digit, (top, left, side), u in zip(meaning.digits, meaning.boxes, self.choice[row]):
+            candidates = self.by_label[digit]
+            image = self.images[candidates[int(u * len(candidates))]]       # [1,8,8]
+            zoom = side // SIDE
+            image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+            canvas[:, top:top + side, left:left + side] = image
+        return canvas
+
+    def read(self, rows):
+        """Return images uint8 [b,1,16,16] and meanings [b] of the rows [b]."""
+        return torch.stack([self.compose(int(row)) for row in rows]), self.labels[rows]
+
+    def captions(self, rows, u):
+        """Return a caption of each row, ids [b,L]: the first or the second, by u [b] in [0, 1)."""
+        return self.ids[self.labels[rows], (torch.as_tensor(u) * 2).long()]
+
+
+EXAMPLES = ["a large four", "a five in the upper left", "in the lower right a two",
+            "a seven left of a three", "a three right of a seven", "a six above a nine",
+            "a nine below a six", "a one left of a four"]                   # the last one is not in the training set
+
+
+# ---- scores
+
+def judge(samples, meanings, images, labels):
+    """Return for each sample whether all named digits are right, and its share of ink in place.
+
+    samples uint8 [b,1,16,16], meanings [b], images uint8 [M,1,8,8] and labels [M] of real digits.
+    A digit is right if the real one nearest to its box has its label. Both results are [b], bool
+    and float; the ink of large digits, whose box is the canvas, is nan.
+    """
+    real = images.float().flatten(1)                                        # [M,64]
+    right = torch.ones(len(samples), dtype=torch.bool)
+    inside = torch.zeros(len(samples))
+    for i, sample in enumerate(samples.float()):
+        meaning = MEANINGS[meanings[i]]
+        for digit, (top, left, side) in zip(meaning.digits, meaning.boxes):
+            box = sample[:, top:top + side, left:left + side]
+            inside[i] += box.sum()
+            box = F.avg_pool2d(box, side // SIDE).flatten()                 # [64]
+            right[i] &= labels[(real - box).square().sum(1).argmin()] == digit
+        if meaning.kind == "large":
+            inside[i] = torch.nan
+    ink = samples.float().sum((1, 2, 3)).clamp(min=1)
+    return right, inside / ink
+
+
+def prompts(held, count):
+    """Return the meanings that are drawn in an evaluation: `count` seen ones, half as many unseen.
+
+    held: the SceneSet of held-out digits, whose first meanings are taken.
+    """
+    seen = held.labels[torch.arange(count) % len(held)]
+    unseen = torch.tensor(UNSEEN)[torch.arange(max(1, count // 2)) % len(UNSEEN)]
+    return seen, unseen
+
+
+def captions_of(meanings):
+    """Return a caption of each meaning, a string: the first and the second phrasing in turn."""
+    return [MEANINGS[m].captions[i % 2] for i, m in enumerate(meanings)]
