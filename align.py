@@ -14,6 +14,7 @@ import torch
 import data
 import haste
 import run
+import scenes
 import teacher as teachers
 
 
@@ -58,6 +59,10 @@ def make_teacher(cfg, images, grid, processes):
         count = min(len(images.train), SMALL_TEACHER_IMAGES, fit)
         stride = math.ceil(len(images.train) / count)
         pixels, labels = images.train.read(torch.arange(0, len(images.train), stride))
+        if isinstance(images.train, scenes.SceneSet):
+            labels = scenes.digits_in(labels)
+        elif images.text is not None:                                       # no classes: as SimCLR
+            labels = None
         net = teachers.train_small(data.to_rgb(pixels), labels, grid, steps=cfg.teacher_steps,
                                    cache=cfg.cache, device=processes.device)
         return net.cpu()                                                    # to be sent to the other processes

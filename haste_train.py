@@ -1,4 +1,4 @@
-"""Train SiT, DiT or MM-DiT alone, with REPA, or with HASTE: aligned with a teacher, then set free.
+"""Train SiT, DiT or MM-DiT: alone, with REPA, or with HASTE, aligned with a teacher first.
 
     python haste_train.py                       HASTE on digits, minutes on two CPU cores
     python haste_train.py --preset scenes       text to image: MM-DiT on scenes of digits
@@ -50,6 +50,7 @@ import text
 import vae
 from haste import (attention_alignment, attention_alignment_grad, contrastive_term,
                    feature_alignment, gradient_cosine, mean_over_pairs, spatial_normalise)
+from models import PROJECTOR
 
 PROGRAM = "haste_train.py"
 ALIGNMENT = haste.ALIGNMENT                                                 # all of HASTE's names are reachable here
@@ -59,14 +60,14 @@ layer_map = haste.layer_map
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, scenes, cifar10, mnist, fashionmnist, a folder of class folders, or one of prepare.py's
+    data: str = "digits"  # digits, scenes, cifar10, mnist, fashionmnist, a folder of class folders or of prepare.py
     image_size: Optional[int] = None  # side to which a folder's images are cropped; photographs need it
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
     latent_channels: Optional[int] = None  # channels that packed latents must have: 4 of SD, 16 of KL-16; None is any
     vae: Optional[str] = None  # decoder for samples of packed data: sd-ema, sd-mse or a file; None is the data's own
     # the model
-    model: str = "SiT-Ti/2"  # SiT-Ti, S, B, L or XL with patch 1, 2, 4 or 8; for captions MMDiT-Ti/4 or MMDiT-24/2
+    model: str = "SiT-Ti/2"  # SiT-Ti, S, B, L, XL with patch 1, 2, 4, 8; for captions MMDiT-Ti/4, MMDiT-24/2
     depth: Optional[int] = None  # number of blocks, if not the size's own
     hidden_size: Optional[int] = None  # width, if not the size's own
     num_heads: Optional[int] = None  # attention heads, if not the size's own
@@ -167,8 +168,8 @@ PRESETS = {
 def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False, negatives=None):
     """Return the total loss of a batch, and its terms for the log ("loss" is the objective alone).
 
-    x [B,C,h,w] clean, y [B] or [B,L,C], t [B], eps like x; targets: what the teacher returns, or None if the
-    alignment has ended. negatives, with --contrastive: the velocities [M,C,h,w] of the global
+    x [B,C,h,w] clean, y [B] or of captions [B,L,C], t [B], eps like x; targets: what the teacher
+    returns, or None if the alignment has ended. negatives, with --contrastive: the velocities [M,C,h,w] of the global
     batch, and which of them [B] each sample is kept away from. With `exact`, the terms include the
     true value of the attention loss: it costs a log-sum-exp, so only logged steps ask for it.
     """
@@ -263,7 +264,7 @@ def drop_projector(model, ema, opt):
         opt.state.pop(p, None)
     kept = {}
     for name, net in (("model", model), ("ema", ema)):
-        kept[name] = {k: w.cpu() for k, w in net.state_dict().items() if k.startswith(models.PROJECTOR)}
+        kept[name] = {k: w.cpu() for k, w in net.state_dict().items() if k.startswith(PROJECTOR)}
         net.projectors = None
     return kept
 
@@ -405,7 +406,7 @@ def training_state(cfg, model, saved):
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     body = [p for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith(models.PROJECTOR)]
+            if p.requires_grad and not name.startswith(PROJECTOR)]
     groups = [dict(params=body)]
     if model.projectors is not None:
         groups.append(dict(params=list(model.projectors.parameters())))

@@ -9,9 +9,9 @@ It is called like a SiT, with features of a caption where SiT has a label: sit.f
 samplers serve both. For guidance, their null_label is the features [L,C] of the empty caption.
 
 Text and image are two streams of tokens, each with its own weights, that meet in attention only
-(Esser et al. 2024, arXiv 2403.03206, there called SD3). This is the size and the form of REPA (Yu et
-al. 2025, 2410.06940) and HASTE (Wang et al. 2025, 2505.16792): no pooled text, no mask; the blocks
-are modulated by the time alone.
+(SD3, Esser et al. 2024, arXiv 2403.03206). Size and form are those of REPA (Yu et al. 2025,
+2410.06940) and HASTE (Wang et al. 2025, 2505.16792): no pooled text, no mask, and the time alone
+modulates the blocks.
 
 Time runs from t = 0 (data) to t = 1 (noise); v = dx_t/dt = eps - x.
 

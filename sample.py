@@ -1,4 +1,4 @@
-"""Draw samples from any checkpoint of SiT, DiT, MM-DiT, xAR: a picture, an animation, or thousands.
+"""Draw samples from a checkpoint of any model: a picture, an animation, or tens of thousands.
 
     python sample.py --ckpt out/ckpt.pt --cfg 1.5               a grid of 100 samples: out/grid.png
     python sample.py --ckpt out/ckpt.pt --out out/noise.gif     the same grid on its way from noise
@@ -106,7 +106,8 @@ def check(args):
     run.require(args, Path(args.out).suffix.lower() in (".png", ".gif", ".npz"), "out",
                 "must end in .png, .gif or .npz")
     if args.words and args.captions:
-        raise ValueError(f"--captions {args.captions}: captions are given as words, too; choose one")
+        raise ValueError(f"--captions {args.captions}: captions are given as words, too; choose "
+                         f"one of the two")
 
 
 # ---- models: each has a function that draws latents, and one that also shows the way there

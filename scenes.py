@@ -1,13 +1,13 @@
-"""Scenes: one or two handwritten digits on a canvas of 16 x 16 pixels, and the captions that say so.
+"""Scenes: one or two handwritten digits on a canvas of 16 x 16 pixels, with captions.
 
     "a large four"                  a digit of twice its size fills the canvas
     "a four in the upper left"      a digit in one of the four corners
     "a four left of a seven"        two digits, also "a seven right of a four"; or above and below
 
-The world is small enough to be judged without a pretrained network: every caption says which digits
-are to be seen, and where. So the named boxes are cut out of a sample, and each is compared with real
-digits. 20 of the 100 ordered pairs never occur in training; whether they are drawn correctly shows
-if a model has learnt words or sentences. Twenty-one words are not language.
+This world is so small that no pretrained network is needed to judge a sample: a caption says which
+digits are to be seen, and where. The named boxes are cut out, and each is compared with real
+digits. 20 of the 100 ordered pairs never occur in training: how well these are drawn shows if a
+model has learnt words, or sentences only. Twenty-one words are not language.
 
 A scene's *meaning* is one of 250 numbers: 10 large digits, 40 in corners, 200 pairs.
 
@@ -111,6 +111,13 @@ class SceneSet:
     def captions(self, rows, u):
         """Return a caption of each row, ids [b,L]: the first or the second, by u [b] in [0, 1)."""
         return self.ids[self.labels[rows], (torch.as_tensor(u) * 2).long()]
+
+
+def digits_in(meanings):
+    """Return a class [b] for each of the meanings [b]: which digits, wherever and however large."""
+    classes = {}
+    found = [tuple(sorted(MEANINGS[m].digits)) for m in meanings]
+    return torch.tensor([classes.setdefault(digits, len(classes)) for digits in found])
 
 
 EXAMPLES = ["a large four", "a five in the upper left", "in the lower right a two",

@@ -169,8 +169,8 @@ def build(cfg, sizes, saved, processes):
     """Return the data, the model, and the model's arguments."""
     images = data.open_alike(cfg, processes)
     channels, side, _ = images.shape
-    run.require(cfg, images.text is None, "data", "has captions, and xAR takes class labels: choose "
-                                                  "another")
+    run.require(cfg, images.text is None, "data",
+                "has captions, and xAR takes class labels: choose another")
     images.check(cfg, saved, grid=side, channels=channels)
     initial = None
     arch = dict(sizes, grid=side, channels=channels, entity=cfg.entity,

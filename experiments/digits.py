@@ -50,21 +50,25 @@ CURVES = ("step", "fd", "fd_held", "accuracy", "nearest", "nearest_held")   # co
 
 # ---- the runs
 
-def train(method, flags, every, seed, out):
-    """Train, unless that run is finished; return its evaluations as {column: array}."""
+def folder_of(method, seed, out):
     name = method.replace(", ", "_").replace(" ", "_").lower()
-    folder = out / f"{name}_{seed}"
-    flags = [*flags, "--seed", str(seed), "--steps", str(STEPS), "--eval-every",
+    return out / f"{name}_{seed}"
+
+
+def train(method, flags, every, seed, out, steps=STEPS, columns=CURVES):
+    """Train, unless that run is finished; return its evaluations as {column: array}."""
+    folder = folder_of(method, seed, out)
+    flags = [*flags, "--seed", str(seed), "--steps", str(steps), "--eval-every",
              str(every), "--save-every", "0", "--out", str(folder)]
     rows = run.read_log(folder / "log.jsonl")
-    if not rows or rows[-1]["step"] < STEPS:
+    if not rows or rows[-1]["step"] < steps:
         print("python haste_train.py", *flags, flush=True)
         # one thread a run: two runs side by side are faster than one after the other on two threads
         subprocess.run([sys.executable, "haste_train.py", *flags], check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
         rows = run.read_log(folder / "log.jsonl")
     evaluations = [row for row in rows if "fd" in row]
-    return {column: np.array([row[column] for row in evaluations]) for column in CURVES}
+    return {column: np.array([row[column] for row in evaluations]) for column in columns}
 
 
 def train_all(group, out, seeds, jobs):

@@ -348,6 +348,7 @@ def scripted(sd):
     top.visual.conv = torch.nn.Conv2d(3, 4, 2).half()                       # has a list of integers
     top.visual.mha = torch.nn.MultiheadAttention(4, 2).half()
     top.register_buffer("context_length", torch.tensor(77))
+    top.register_buffer("view", torch.arange(12).view(3, 4).T[1:])
     top.sizes = {"grid": 4}
     top.nothing = None
     return torch.jit.script(top)
@@ -385,6 +386,7 @@ def test_an_archive_without_deprecated_functions(archive, recwarn, monkeypatch):
     assert not recwarn.list
     assert all(torch.equal(tensors[k], w) for k, w in official(torch.float16)[1].items())
     assert "transformer.resblocks.0.attn_mask" in tensors and tensors["context_length"] == 77
+    assert tensors["view"].tolist() == [[1, 5, 9], [2, 6, 10], [3, 7, 11]]
     assert tensors["visual.mha.in_proj_weight"].shape == (12, 4)
 
 
@@ -492,6 +494,8 @@ def test_word_codes():
     table = a(torch.arange(7)[:, None])[:, 0]                               # words are told apart
     assert torch.cdist(table, table).add(torch.eye(7) * 99).min() > 5
     assert torch.allclose(a.codes[0, :4], torch.tensor([1.7640524, 0.4001572, 0.978738, 2.2408931]))  # for ever
+    angles = torch.tensor([1, 10_000 ** (-31 / 32)])                        # of place 1: the fastest and the slowest
+    assert torch.allclose(a.places[1, [0, 31, 32, 63]], torch.cat([angles.sin(), angles.cos()]))
     for ids, message in ((torch.zeros(1, 9, dtype=torch.int64), "9 ids are longer than the encoder's 8"),
                          (torch.tensor([[7]]), "vocabulary of 7")):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,204 @@
+"""Text to image on the scenes: what a teacher, guidance and the teacher's own training are worth.
+
+    python -m experiments.scenes                plain, REPA, HASTE: twelve runs, two at a time; then
+                                                guidance, and a control with shuffled captions
+    python -m experiments.scenes teachers       HASTE with teachers that were trained differently
+    python -m experiments.scenes start          PyTorch's initialisation, and adaLN-Zero
+
+Every run is `python haste_train.py FLAGS` with the flags printed here; if a run is already
+finished, only its log is read. Plain training of the same seed sets the level that the others are
+to reach: its text accuracy at the end.
+"""
+import argparse
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import ddp
+import evaluate
+import models
+import scenes
+import text
+from experiments.digits import folder_of, plus_minus, steps_to, train
+from teacher import train_small
+
+STEPS = 1000
+EVERY = 50                                                                  # steps between evaluations
+SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)
+SCENES = ["--preset", "scenes"]
+METHODS = {  # name in the table: flags; the first one sets the levels
+    "plain": ["--align", "none"],
+    "REPA": ["--align", "repa", "--stop", "never"],
+    "HASTE": ["--align", "haste"],
+    "HASTE, never stopped": ["--align", "haste", "--stop", "never"],
+}
+START = {
+    "plain": METHODS["plain"],
+    "plain, adaLN-Zero": [*METHODS["plain"], "--zero-init"],
+}
+SCORES = {  # key in the log: title, digits, unit
+    "text_accuracy": ("captions obeyed %", 1, 100),
+    "text_accuracy_unseen": ("pairs never seen %", 1, 100),
+    "place": ("ink in place %", 1, 100),
+    "place_unseen": ("of pairs never seen %", 1, 100),
+    "fd": ("Fréchet distance", 3, 1),
+}
+COLUMNS = ("step", *SCORES)
+GUIDANCE = (1, 2, 4)
+
+
+def teachers(out):
+    """Train small teachers with three kinds of labels; return {name: flags of HASTE with each}."""
+    images = data.open_data("scenes")
+    pixels, meanings = images.train.read(torch.arange(len(images.train)))
+    labels = {
+        "which digits": scenes.digits_in(meanings),
+        "which scene": meanings,
+        "without labels": None,
+    }
+    grid = images.size // models.CONFIGS["MMDiT-Ti/4"]["patch_size"]
+    methods = {"plain": METHODS["plain"]}
+    for name, kind in labels.items():
+        folder = out / "teachers" / name.replace(" ", "_")
+        train_small(data.to_rgb(pixels), kind, grid, cache=folder)
+        file = next(folder.glob("teacher-*.pt"))
+        methods[f"HASTE, teacher {name}"] = [*METHODS["HASTE"], "--teacher-weights", str(file)]
+    return methods
+
+
+def train_all(methods, out, seeds, jobs):
+    """Return {method: [curves of each seed]}."""
+    # one run alone trains the teacher, which all others find in the cache
+    name, flags = list(methods.items())[-1]
+    train(name, [*SCENES, *flags], EVERY, 0, out, STEPS, COLUMNS)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {}
+        for method, flags in methods.items():
+            waiting[method] = [pool.submit(train, method, [*SCENES, *flags], EVERY, seed, out,
+                                           STEPS, COLUMNS) for seed in range(seeds)]
+        return {method: [job.result() for job in submitted]
+                for method, submitted in waiting.items()}
+
+
+# ---- tables
+
+def print_results(curves):
+    """Print what each method has reached at its last step."""
+    print(f"| method | {' | '.join(title for title, _, _ in SCORES.values())} |")
+    print("|---" * (1 + len(SCORES)) + "|")
+    for method, runs in curves.items():
+        cells = [plus_minus([found[key][-1] for found in runs], digits, unit)
+                 for key, (_, digits, unit) in SCORES.items()]
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def print_over_steps(curves):
+    """Print both text accuracies of each method, mean over the seeds, and steps to plain's level."""
+    base = next(iter(curves.values()))
+    heads = [f"step {step}" for step in SHOWN]
+    print(f"| captions obeyed, pairs never seen, % | {' | '.join(heads)} | steps to plain's last |")
+    print("|---" * (2 + len(heads)) + "|")
+    for method, runs in curves.items():
+        cells = []
+        for step in SHOWN:
+            at = np.flatnonzero(runs[0]["step"] == step)[0]
+            means = [100 * np.mean([found[key][at] for found in runs])
+                     for key in ("text_accuracy", "text_accuracy_unseen")]
+            cells.append(f"{means[0]:.1f}, {means[1]:.1f}")
+        reached = [steps_to(found["step"], -found["text_accuracy"], -plain["text_accuracy"][-1])
+                   for found, plain in zip(runs, base)]
+        first = [steps_to(plain["step"], -plain["text_accuracy"], -plain["text_accuracy"][-1])
+                 for plain in base]
+        cells.append("not by every seed")
+        if not np.isnan(reached).any():
+            cells[-1] = f"{plus_minus(reached, 0)} ({np.mean(reached) / np.mean(first):.2f})"
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def score(folder, guidance, shuffled=False):
+    """Return the scores of a run's last weights: {name: number}, as in its log."""
+    images = data.open_data("scenes")
+    ema = models.load(folder / "ckpt.pt")
+    condition = models.Condition(images.train.null, text.open_encoder(images.text))
+    wanted = evaluate.prompts(images, 500)
+    if shuffled:                                                            # drawn for captions of other scenes
+        wanted = copy.copy(wanted)
+        wanted.y = wanted.y.roll(wanted.seen // 2, 0)
+    cfg = SimpleNamespace(seed=0, objective="flow", eval_steps=20, eval_cfg=guidance,
+                          out=folder / "scored")
+    cfg.out.mkdir(exist_ok=True)
+    processes = ddp.Processes("cpu")
+    reference = evaluate.reference(images)
+    return evaluate.evaluate_sit(ema, condition, wanted, None, lambda x: x, reference, cfg,
+                                 processes, torch.autocast("cpu", enabled=False))
+
+
+def print_guidance(methods, out, seeds):
+    """Print what the last weights do at each scale of guidance, and with shuffled captions."""
+    heads = [title for title, _, _ in SCORES.values()]
+    print(f"| method | guidance | {' | '.join(heads)} |")
+    print("|---" * (2 + len(heads)) + "|")
+    for method in methods:
+        folders = [folder_of(method, seed, out) for seed in range(seeds)]
+        rows = {str(w): [score(folder, w) for folder in folders] for w in GUIDANCE}
+        rows["1, captions shuffled"] = [score(folder, 1, shuffled=True) for folder in folders]
+        for name, found in rows.items():
+            cells = [plus_minus([row[key] for row in found], digits, unit)
+                     for key, (_, digits, unit) in SCORES.items()]
+            print(f"| {method} | {name} | {' | '.join(cells)} |", flush=True)
+    print()
+
+
+def draw(curves, path):
+    """Save a picture of three curves: mean over the seeds, and the range of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = {"text_accuracy": "captions obeyed", "text_accuracy_unseen": "pairs never seen",
+              "fd": "Fréchet distance on pixels"}
+    fig, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
+    for ax, (key, title) in zip(axes, panels.items()):
+        for method, runs in curves.items():
+            values = np.array([found[key] for found in runs])
+            style = "--" if "never" in method else "-"
+            line, = ax.plot(runs[0]["step"], values.mean(0), label=method, linestyle=style)
+            ax.fill_between(runs[0]["step"], values.min(0), values.max(0), alpha=0.15,
+                            color=line.get_color())
+        ax.set(title=title, xlabel="step")
+    axes[-1].set_yscale("log")
+    axes[0].legend()
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("group", nargs="?", choices=("methods", "teachers", "start"),
+                        default="methods", help="which comparison")
+    parser.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--picture", type=Path, help="picture of the curves; if not given, "
+                                                     "OUT/GROUP.png")
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("--seeds must be 2 or more, for a deviation")
+    methods = {"methods": METHODS, "start": START}.get(args.group) or teachers(args.out)
+    curves = train_all(methods, args.out, args.seeds, args.jobs)
+    print_results(curves)
+    print_over_steps(curves)
+    draw(curves, args.picture or args.out / f"{args.group}.png")
+    if args.group == "methods":
+        print_guidance(methods, args.out, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
