@@ -26,7 +26,7 @@ from typing import Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import scenes
 
@@ -35,6 +35,7 @@ DIGITS_MAX = 16         # the brightest value
 DIGITS_TRAIN = 1500     # the others are held out
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+CROPS = ("adm", "square-lanczos")       # kinds of center_crop
 MAX_ASPECT = 100        # a longer panorama would fill the memory when its short side is enlarged
 READERS = 8             # threads that wait for the disk, or decode: PIL works outside Python's lock
 
@@ -177,8 +178,10 @@ def open_data(source, image_size=None, root="out/data"):
     elif source in TORCHVISION_SETS:
         data = _torchvision(source, root)
     elif Path(source, "data.json").is_file():
-        packed = PackedSet(source)
-        data = Data(packed, None, packed.about["size"], 3, packed.about["classes"], packed.about)
+        kind = CaptionedSet if read_about(source)["text"] else PackedSet
+        packed = kind(source)
+        about = packed.about
+        data = Data(packed, None, about["size"], 3, about["classes"], about, about["text"])
     else:
         return _folders(Path(source), image_size)
 
@@ -326,11 +329,13 @@ def open_image(path):
     return image
 
 
-def center_crop(image, size):
-    """Return a PIL image's center, RGB, size x size: ADM's crop (Dhariwal & Nichol 2021).
+def center_crop(image, size, kind="adm"):
+    """Return a PIL image's center, RGB, size x size.
 
-    Halve while large, resize the short side to `size`, cut out the middle. Raises ValueError naming
-    the file if it cannot be decoded or is far too long, and OSError if the disk could not read it.
+    "adm": halve while large, resize the short side to `size`, cut out the middle (Dhariwal & Nichol
+    2021). "square-lanczos": cut out the middle, then resize it (U-ViT's for MS-COCO, Bao et al.
+    2023). Raises ValueError naming the file if it cannot be decoded or is far too long, and OSError
+    if the disk could not read it.
     """
     name = getattr(image, "filename", "image")
     if max(image.size) > MAX_ASPECT * min(image.size):
@@ -342,13 +347,17 @@ def center_crop(image, size):
         if _machines_fault(e):
             raise
         raise ValueError(f"{name} cannot be decoded ({_line(e)}): repair or remove it") from None
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    if kind == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+        scale = size / min(image.size)
+        shape = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(shape, Image.BICUBIC)
+    side = min(image.size)                              # ADM's is `size` by now
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.LANCZOS)
 
 
 def _machines_fault(error):
@@ -364,14 +373,14 @@ def _line(error):
 # ---- packed folders: written by prepare.py, which describes the files
 
 ABOUT = ("complete", "rows", "size", "mirror", "vae", "fingerprint", "precision", "channels",
-         "latent_size", "scale", "classes", "skipped")                  # what data.json says
+         "latent_size", "scale", "classes", "skipped", "crop", "text")  # what data.json says
 
 
 def read_about(folder):
     """Return what FOLDER/data.json says, a dict with the names of ABOUT. Raises ValueError."""
     path = Path(folder, "data.json")
     try:
-        about = json.loads(path.read_text())
+        about = {"crop": "adm", "text": None, **json.loads(path.read_text())}   # older: neither
         return {name: about[name] for name in ABOUT}
     except Exception as e:
         why = f"it lacks {e}" if isinstance(e, KeyError) else _line(e)
@@ -386,10 +395,19 @@ def layouts(about):
     V = 1 + about["mirror"]
     C = about["channels"]
     h = about["latent_size"]
-    return {"images": ((N, 3, S, S), "uint8"),
-            "moments": ((N, V, 2 * C, h, h), "float16"),
-            "labels": ((N,), "int64"),
-            "done": ((N,), "uint8")}
+    arrays = {"images": ((N, 3, S, S), "uint8"),
+              "moments": ((N, V, 2 * C, h, h), "float16"),
+              "labels": ((N,), "int64"),
+              "done": ((N,), "uint8")}
+    text = about["text"]
+    if text:
+        M = text["captions"]
+        L = text["length"]
+        arrays["captions"] = ((M, L), "uint16")
+        if text["features"]:
+            arrays["captions"] = ((M, L, text["width"]), "float16")
+        arrays["first_caption"] = ((N + 1,), "int64")
+    return arrays
 
 
 class Rows:
@@ -424,7 +442,7 @@ class Rows:
         self.pool = ThreadPoolExecutor(READERS)
 
     def read(self, rows):
-        """Return the rows, an int array [b], as a tensor [b,...]."""
+        """Return the rows, an int array [b], as a tensor [b,...]; uint16 as int64."""
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
 
         def part(first):
@@ -439,6 +457,8 @@ class Rows:
 
         # threads, because each waits for the disk, and does so without Python's lock
         list(self.pool.map(part, range(min(READERS, len(rows)))))
+        if out.dtype == np.uint16:                      # on which torch can do little
+            out = out.astype(np.int64)
         return torch.from_numpy(out)
 
     def write(self, rows, values):
@@ -466,11 +486,11 @@ class PackedSet:
         if not self.about["complete"]:
             raise ValueError(f"--data {folder} is not finished: run prepare.py once more with the "
                              f"same flags")
-        arrays = {}                                     # all are opened: a damaged one is found now
+        self.arrays = {}                                # all are opened: a damaged one is found now
         for name, layout in layouts(self.about).items():
-            arrays[name] = Rows(Path(folder, f"{name}.npy"), *layout)
-        self.images = arrays["images"]
-        self.latents = arrays["moments"]
+            self.arrays[name] = Rows(Path(folder, f"{name}.npy"), *layout)
+        self.images = self.arrays["images"]
+        self.latents = self.arrays["moments"]
         labels = np.load(Path(folder, "labels.npy"))
         self.rows = np.flatnonzero(labels >= 0)                         # set's row -> array's row
         self.labels = torch.from_numpy(labels[self.rows])
@@ -485,6 +505,35 @@ class PackedSet:
     def moments(self, rows):
         """Return mean and standard deviation of the rows [b], float16 [b,V,2C,h,w]."""
         return self.latents.read(self.rows[np.asarray(rows)])
+
+
+class CaptionedSet(PackedSet):
+    """A packed folder with captions: token ids int64 [L], or a text encoder's features [L,C]."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.file = Path(folder, "captions.json")
+        self.entries = self.arrays["captions"]
+        first = np.load(Path(folder, "first_caption.npy"))
+        self.first = first[self.rows]                                   # set's row -> its first entry
+        self.count = first[self.rows + 1] - self.first
+        self.null = self.entries.read([0])[0]                             # the caption ""
+
+    def captions(self, rows, u):
+        """Return a caption of each of the rows [b], [b,L] or float16 [b,L,C].
+
+        u [b] in [0, 1) chooses it: floor(u * count) of the row's own `count` captions.
+        """
+        return self.entries.read(self.first[np.asarray(rows)] + self.chosen(rows, u))
+
+    def strings(self, rows, u):
+        """Return the same captions as they were written, a list of strings."""
+        texts = json.loads(self.file.read_text())
+        places = zip(self.rows[np.asarray(rows)], self.chosen(rows, u))
+        return [texts[row][place] for row, place in places]
+
+    def chosen(self, rows, u):
+        return np.floor(np.asarray(u, np.float64) * self.count[np.asarray(rows)]).astype(np.int64)
 
 
 # ---- order
@@ -580,47 +629,3 @@ def to_uint8(pixels, how="round"):
     if how == "round":
         values = values.round()
     return values.clamp(0, 255).byte()
-
-
-def image_grid(images, columns, side=64, captions=None):
-    """Return uint8 images [B,C,H,W] as one PIL image, row by row, on grey, with gaps of a pixel.
-
-    Images smaller than `side` pixels are enlarged to about that. `captions`, a string for each
-    image, stand below them.
-    """
-    B, _, H, W = images.shape
-    columns = min(columns, B)
-    zoom = max(1, side // H)
-    if captions is not None:
-        return _with_captions(images, columns, side, captions)
-    rows = math.ceil(B / columns)
-    canvas = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 128, np.uint8)
-    for i, image in enumerate(to_rgb(images).permute(0, 2, 3, 1).cpu().numpy()):
-        top = i // columns * (H + 1)
-        left = i % columns * (W + 1)
-        canvas[top:top + H, left:left + W] = image
-    size = (canvas.shape[1] * zoom, canvas.shape[0] * zoom)
-    return Image.fromarray(canvas).resize(size, Image.NEAREST)
-
-
-CAPTION_HEIGHT = 16                                                     # pixels
-
-
-def _with_captions(images, columns, side, captions):
-    rows = [image_grid(part, columns, side) for part in images.split(columns)]
-    zoom = max(1, side // images.shape[2])
-    step = rows[0].height + CAPTION_HEIGHT
-    canvas = Image.new("RGB", (rows[0].width, step * len(rows)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(rows):
-        canvas.paste(row, (0, step * i))
-    for i, caption in enumerate(captions):
-        left = i % columns * (images.shape[3] + 1) * zoom
-        draw.text((left, step * (i // columns) + rows[0].height + 2), caption, "black")
-    return canvas
-
-
-def save_grid(images, path, columns, **kwargs):
-    """Save uint8 images [B,C,H,W] as one picture, a PNG for example; see `image_grid`."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, **kwargs).save(path)

@@ -16,18 +16,20 @@ Scenes have captions instead of classes, and these scores (scenes.py):
 
 Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import dit
 import fid
 import run
 import scenes
 import sit
-from data import save_grid, to_uint8
+from data import to_rgb, to_uint8
 
 REFERENCE_IMAGES = 10_000                                                   # compared with, at most
 BATCH = 256
@@ -216,6 +218,50 @@ def print_summary(rows, out, advice):
 
 
 # ---- pictures
+
+def image_grid(images, columns, side=64, captions=None):
+    """Return uint8 images [B,C,H,W] as one PIL image, row by row, on grey, with gaps of a pixel.
+
+    Images smaller than `side` pixels are enlarged to about that. `captions`, a string for each
+    image, stand below them.
+    """
+    B, _, H, W = images.shape
+    columns = min(columns, B)
+    zoom = max(1, side // H)
+    if captions is not None:
+        return _with_captions(images, columns, side, captions)
+    rows = math.ceil(B / columns)
+    canvas = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 128, np.uint8)
+    for i, image in enumerate(to_rgb(images).permute(0, 2, 3, 1).cpu().numpy()):
+        top = i // columns * (H + 1)
+        left = i % columns * (W + 1)
+        canvas[top:top + H, left:left + W] = image
+    size = (canvas.shape[1] * zoom, canvas.shape[0] * zoom)
+    return Image.fromarray(canvas).resize(size, Image.NEAREST)
+
+
+CAPTION_HEIGHT = 16                                                         # pixels
+
+
+def _with_captions(images, columns, side, captions):
+    rows = [image_grid(part, columns, side) for part in images.split(columns)]
+    zoom = max(1, side // images.shape[2])
+    step = rows[0].height + CAPTION_HEIGHT
+    canvas = Image.new("RGB", (rows[0].width, step * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        canvas.paste(row, (0, step * i))
+    for i, caption in enumerate(captions):
+        left = i % columns * (images.shape[3] + 1) * zoom
+        draw.text((left, step * (i // columns) + rows[0].height + 2), caption, "black")
+    return canvas
+
+
+def save_grid(images, path, columns, **kwargs):
+    """Save uint8 images [B,C,H,W] as one picture, a PNG for example; see `image_grid`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images, columns, **kwargs).save(path)
+
 
 def sample_sheet(samples, num_classes, path, columns=10):
     """Draw a row for each of the first ten classes, with at most `columns` samples of it.

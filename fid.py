@@ -50,7 +50,7 @@ PIXELS_SIDE = 8
 FEW_IMAGES = 10_000  # the FID of fewer is biased
 MANY_IMAGES = 50_000  # precision, recall, KID of more are slow
 CHUNK = 1000  # rows of a distance matrix
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 
 
@@ -110,8 +110,6 @@ class Inception(tv.Inception3):
     """The network of FID, without weights; state-dict keys as in the published file."""
 
     def __init__(self, resize="tf1"):
-        if resize not in RESIZES:
-            raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZES)}")
         blocks = (BlockA, tv.InceptionB, BlockC, tv.InceptionD, BlockE)
         blocks = [partial(block, conv_block=Conv) for block in blocks]
         super().__init__(INCEPTION_CLASSES, aux_logits=False, init_weights=False,
@@ -156,7 +154,7 @@ def resize_pytorch(images):
     return 2 * F.interpolate(images.float() / 255, side, mode="bilinear", align_corners=False) - 1
 
 
-RESIZES = {"tf1": resize_tf1, "pytorch": resize_pytorch}  # ADM's, torch-fidelity's; pytorch-fid's
+RESIZES = {"tf1": resize_tf1, "pytorch": resize_pytorch}
 
 
 def load_inception(weights=None, resize="tf1"):
@@ -201,12 +199,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     problem, far cheaper than a matrix root. Covariances of fewer images than features have none:
     then take eigenvectors, without the null space, whose rounding errors would enter as roots.
     """
-    gaussians = (mu1, sigma1, mu2, sigma2)
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in gaussians)
+    gaussians = [torch.as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = gaussians
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
         raise ValueError(f"covariances are {[*sigma1.shape]} and {[*sigma2.shape]}: were they made "
                          f"with the same features?")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+    if not all(x.isfinite().all() for x in gaussians):
         raise ValueError("a mean or covariance is not finite: look for NaN in the features")
     means = (mu1 - mu2).square().sum()
     if torch.equal(sigma1, sigma2):  # the rest is exactly 0
@@ -284,8 +282,7 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
     n = subset_size
     most = min(len(real), len(fake))
     if not 2 <= n <= most:
-        raise ValueError(f"KID's subsets of {n} images must hold 2 or more, and no more than the "
-                         f"smaller set, {most}: --kid-subset-size")
+        raise ValueError(f"--kid-subset-size {n} must lie between 2 and the smaller set's {most}")
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -323,8 +320,7 @@ class Moments:
         total = self.num + other.num
         delta = other.mean - self.mean
         self.scatter = self.scatter + other.scatter
-        if self.num:
-            self.scatter = self.scatter + torch.outer(delta, delta) * (self.num * other.num / total)
+        self.scatter = self.scatter + torch.outer(delta, delta) * (self.num * other.num / total)
         self.mean = self.mean + delta * (other.num / total)
         self.num = total
 
@@ -425,10 +421,9 @@ def _pass(images, rows, network, batch_size, device, keep, progress):
 def compare(fake, real, metrics, kid_subsets=100, kid_subset_size=None, split_size=5000):
     """Return {metric: value} of two Features."""
     row = {}
-    if "fid" in metrics:
-        row["fid"] = frechet_distance(*fake.gaussians["pool"], *real.gaussians["pool"])
-    if "sfid" in metrics:
-        row["sfid"] = frechet_distance(*fake.gaussians["spatial"], *real.gaussians["spatial"])
+    for metric, name in (("fid", "pool"), ("sfid", "spatial")):
+        if metric in metrics:
+            row[metric] = frechet_distance(*fake.gaussians[name], *real.gaussians[name])
     if "is" in metrics:
         row["is"] = inception_score(fake.kept["logits"], split_size)
     if "precision" in metrics or "recall" in metrics:
@@ -481,19 +476,22 @@ def save_statistics(path, features):
 
 # ---- images on disk: read exactly as they are
 
-def center_crop(image, size):
-    """Cut a PIL image to size x size as ADM does: halve it while it is large, resize, cut."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+def center_crop(image, size, kind="adm"):
+    """Cut a PIL image to size x size; ADM's kind shrinks it before that, U-ViT's after."""
+    if kind == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize([side // 2 for side in image.size], Image.BOX)
+        scale = size / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    side = min(image.size)  # ADM's is `size` by now
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.LANCZOS)
 
 
 def read_image(path, crop=None):
-    """Read a file as PIL image in RGB; refuse what would be rounded or made opaque."""
+    """Read a file as crop(PIL image) in RGB; refuse what would be rounded or made opaque."""
     try:
         with Image.open(path) as image:
             stored = f"{image.mode} {[tile[3] for tile in image.tile]}"  # PIL clips what is deeper
@@ -502,13 +500,12 @@ def read_image(path, crop=None):
         raise ValueError(f"{path} cannot be decoded ({one_line(e)}): repair or remove it") from None
     if image.mode in ("I", "F") or re.search(r"\b(I|LA?|RGBA?);16", stored):
         raise ValueError(f"{path} has more than 8 bits a channel: convert it to 8 bits first")
-    if "A" in image.getbands() or "transparency" in image.info:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise ValueError(f"{path} is partly transparent: put it on a background first")
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError(f"{path} is partly transparent: put it on a background first")
     if crop and max(image.size) > 100 * min(image.size):  # resized, it would fill the memory
         raise ValueError(f"{path} is more than 100 times as long as wide: remove it")
     image = image.convert("RGB")
-    return center_crop(image, crop) if crop else image
+    return crop(image) if crop else image
 
 
 class ImageFiles:
@@ -524,7 +521,7 @@ class ImageFiles:
             files += [Path(top, name) for name in names]
         files = sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         if len({f.parent for f in files}) > 1:
             files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
         self.files = files
@@ -772,7 +769,8 @@ def measure(side, keep, network, made_with, args, device):
 def evaluate(args, device):
     """Measure, compare, print."""
     paths = filter(None, (args.samples, args.reference))
-    sides = [Side(p, *main_first(open_images, p, args.crop, args.data_root)) for p in paths]
+    crop = args.crop and partial(center_crop, size=args.crop, kind=args.crop_kind or "adm")
+    sides = [Side(p, *main_first(open_images, p, crop, args.data_root)) for p in paths]
     samples, reference = [*sides, Side()][:2]
     if samples.images is not None:
         samples.stats = None  # a file with both: its images
@@ -828,11 +826,12 @@ def parse(argv):
     add("samples", nargs="?", help=source)
     add("reference", nargs="?", help=f"{source}; or statistics")
     add("--metrics", nargs="+", choices=METRICS, help="all that are possible if not given")
-    networks = ("inception", "dinov2", "pixels")
-    add("--features", choices=networks, default="inception", help="network")
+    add("--features", choices=("inception", "dinov2", "pixels"), default="inception",
+        help="network")
     add("--weights", help="its weights; fetched if not given")
     add("--resize", choices=RESIZES, default="tf1", help="tf1: the papers'; pytorch: pytorch-fid's")
     add("--crop", type=at_least(1), help="cut a folder's images to squares of this side")
+    add("--crop-kind", choices=("adm", "square-lanczos"), help="adm if not given")
     add("--data-root", default="out/data", help="where torchvision's sets are kept")
     add("--kid-subsets", type=at_least(1), default=100, help="subsets of KID")
     add("--kid-subset-size", type=at_least(2), help="images in each; 1,000 or all if not given")
@@ -849,6 +848,8 @@ def parse(argv):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz")
     if args.crop and not any(Path(p or "x.npz").is_dir() for p in (args.samples, args.reference)):
         raise ValueError("--crop is for folders of images: SAMPLES and REFERENCE are none")
+    if args.crop_kind and not args.crop:
+        raise ValueError(f"--crop-kind {args.crop_kind} needs --crop SIZE")
     return args
 
 

@@ -275,7 +275,7 @@ def captions_of_folder(args, about):
     # which of an image's captions depends on the seed and the image
     choice = [np.random.default_rng([args.seed, i, 2]).random() for i in range(len(images.train))]
     choice = torch.tensor(choice)
-    texts = images.train.texts(torch.arange(len(choice)), choice)
+    texts = images.train.strings(torch.arange(len(choice)), choice)
     return texts, lambda rows: images.train.captions(rows, choice[rows]), images.train.null
 
 
@@ -331,7 +331,7 @@ def sample(args, processes):
     if out.suffix.lower() == ".png":
         images = evaluate.draw_samples(args.samples, draw_images, processes, args.batch_size)
         if processes.main:
-            data.save_grid(images[order], out, **grid)
+            evaluate.save_grid(images[order], out, **grid)
     elif out.suffix.lower() == ".gif":
         if processes.main:
             states = draw(torch.arange(args.samples), draw_states)
@@ -359,7 +359,7 @@ def usual_number(args, wanted):
 
 
 def layout(args, wanted, labels):
-    """Return the order of the samples in a picture, and how data.image_grid arranges them.
+    """Return the order of the samples in a picture, and how evaluate.image_grid arranges them.
 
     Classes stand in columns. A caption has a row of its own if there are enough samples, and stands
     below it.
@@ -382,10 +382,11 @@ def layout(args, wanted, labels):
 
 
 def save_gif(frames, path, columns, captions=None, side=GIF_SIDE):
-    """Write frames, each uint8 [B,C,H,W], as an animation of one grid; see data.image_grid."""
+    """Write frames, each uint8 [B,C,H,W], as an animation of one grid; see evaluate.image_grid."""
     # few colours and small tiles make a small file; a GIF has at most 256 colours
     colours = 16 if frames[0].shape[1] == 1 else 256
-    images = [data.image_grid(frame, columns, side, captions).quantize(colours) for frame in frames]
+    grids = [evaluate.image_grid(frame, columns, side, captions) for frame in frames]
+    images = [grid.quantize(colours) for grid in grids]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
@@ -436,7 +437,7 @@ def write_npz(path, labels, draw, settings, columns, args, processes):
         join(path, [part_file(parts, span) for span in plan], labels, settings)
         shutil.rmtree(parts)
         first = fid.ImageArchive(path)[:100]
-        data.save_grid(first, path.with_name(f"{path.stem}_grid.png"), columns)
+        evaluate.save_grid(first, path.with_name(f"{path.stem}_grid.png"), columns)
     processes.print(f"{path}: {count} samples; {progress}")
 
 

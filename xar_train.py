@@ -240,7 +240,7 @@ def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
     with autocast:
         frames = evaluate.growth(ema, tokens_of(torch.arange(8)))                   # [8,frames,C,h,w]
         pixels = data.to_uint8(decode(frames.flatten(0, 1)))
-    data.save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
+    evaluate.save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
     return evaluate.scores(samples, reference, ema.num_classes)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from processes import checkpoint, finish, kill_all, start, torchrun, wait_for_step
 
 import data
+import evaluate
 import sample as program
 import teacher
 import text
@@ -95,7 +96,7 @@ def test_the_whole_chain_on_photographs(world, tmp_path, call, features):
         assert f["arr_0"].shape == (12, 32, 32, 3) and f["arr_1"].tolist() == list(range(12))
     program.main([*common, "--merges", str(world / "merges.txt"), "--out", str(tmp_path / "own.png"), "--samples", "6",
                   "a dog on a cat", "a mat"])
-    assert Image.open(tmp_path / "own.png").height == 2 * (64 + data.CAPTION_HEIGHT)
+    assert Image.open(tmp_path / "own.png").height == 2 * (64 + evaluate.CAPTION_HEIGHT)
 
     printed = finish(call("fid.py", tmp_path / "samples.npz", world / "photos", "--crop", "32", "--crop-kind",
                           "square-lanczos", "--features", "pixels", "--device", "cpu"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,6 @@ def test_inception_takes_grey_bytes_and_knows_no_training_mode(golden_inception)
     assert torch.equal(net(grey)["pool"], expected) and torch.equal(net.train()(grey)["pool"], expected)
     with pytest.raises(ValueError, match="takes uint8"):
         net(images / 255)
-    with pytest.raises(ValueError, match="resize 'tf2' is none of tf1, pytorch"):
-        fid.Inception("tf2")
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (299, 299), (640, 401)])
@@ -553,15 +552,28 @@ def test_long_panorama_is_refused_where_it_would_be_enlarged(tmp_path):
     Image.new("RGB", (8, 900)).save(tmp_path / "long.png")
     assert fid.read_image(tmp_path / "long.png").size == (8, 900)
     with pytest.raises(ValueError, match="long.png is more than 100 times as long as wide"):
-        fid.read_image(tmp_path / "long.png", crop=256)
+        fid.read_image(tmp_path / "long.png", partial(fid.center_crop, size=256))
 
 
-def test_crop_is_the_one_of_the_training_data(tmp_path):
+@pytest.mark.parametrize("kind", data.CROPS)
+def test_crop_is_the_one_of_the_training_data(tmp_path, kind):
     for name, size in (("a.png", (61, 40)), ("b.png", (150, 333)), ("c.png", (16, 17))):
         Image.effect_noise(size, 80).convert("RGB").save(tmp_path / name)
         with Image.open(tmp_path / name) as image:
-            expected = data.center_crop(image, 16)
-        assert fid.read_image(tmp_path / name, crop=16).tobytes() == expected.tobytes()
+            expected = data.center_crop(image, 16, kind)
+        found = fid.read_image(tmp_path / name, partial(fid.center_crop, size=16, kind=kind))
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_kind_of_the_crop(score, tmp_path):
+    """adm if none is named; the other kind gives other features."""
+    for i in range(4):
+        Image.effect_noise((90, 61), 80).convert("RGB").save(tmp_path / f"{i}.png")
+    stats = tmp_path / "stats.npz"
+    fid.main([str(tmp_path), "--crop", "16", "--save-stats", str(stats), *PIXELS])
+    values = [score(tmp_path, stats, "--crop", 16, *flags, *PIXELS, "--metrics", "fid")[0]["fd"]
+              for flags in ([], ["--crop-kind", "adm"], ["--crop-kind", "square-lanczos"])]
+    assert values[0] == values[1] == 0 < values[2]
 
 
 def test_deep_rgb_png_is_refused(tmp_path):
@@ -642,8 +654,10 @@ def test_a_card_of_its_own_for_every_process(monkeypatch):
     ([], "give SAMPLES and REFERENCE"), (["digits"], "give SAMPLES and REFERENCE"),
     (["digits", "digits", "--batch-size", "0"], "--batch-size: 0 must be 1 or more"),
     (["digits", "digits", "--kid-subset-size", "1"], "--kid-subset-size: 1 must be 2 or more"),
-    (["digits", "digits", "--features", "pixels", "--kid-subset-size", "1501"], "no more than the smaller set, 1500"),
+    (["digits", "digits", "--features", "pixels", "--kid-subset-size", "1501"],
+     "--kid-subset-size 1501 must lie between 2 and the smaller set's 1500"),
     (["digits", "digits", "--crop", "8"], "--crop is for folders of images: SAMPLES and REFERENCE are none"),
+    (["digits", "digits", "--crop-kind", "adm"], "--crop-kind adm needs --crop SIZE"),
     (["digits", "--save-stats", "stats.txt"], "must end in .npz"),
     (["digits", "digits", "--features", "pixels", "--metrics", "is"], "--metrics is cannot be had"),
     (["digits", "--features", "pixels", "--metrics", "kid"], "--metrics kid cannot be had"),

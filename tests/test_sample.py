@@ -11,7 +11,7 @@ from fill import fill_state_dict
 from PIL import Image
 from test_dit import trained
 
-import data
+import evaluate
 import dit
 import fid
 import haste_train
@@ -342,4 +342,4 @@ def test_bad_flags(checkpoints, tmp_path):
             program.main(["--ckpt", str(checkpoints[name]), "--device", "cpu", "--out", str(tmp_path / "x.png"),
                           *flags])
         assert "\n" not in str(e.value) and str(e.value).startswith("sample.py: "), flags
-    assert data.image_grid(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), 2).size == ((2 * 9 - 1) * 8,) * 2
+    assert evaluate.image_grid(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), 2).size == ((2 * 9 - 1) * 8,) * 2

@@ -235,7 +235,7 @@ def test_samples_with_captions(train, tmp_path):
 
     draw("--out", str(tmp_path / "a.png"), "a seven left of a three", "a large four")
     picture = Image.open(tmp_path / "a.png")
-    assert picture.height == 2 * (64 + data.CAPTION_HEIGHT) and picture.width == 20 * 64 + 19 * 4
+    assert picture.height == 2 * (64 + evaluate.CAPTION_HEIGHT) and picture.width == 20 * 64 + 19 * 4
     draw()                                                                  # a few examples
     assert (tmp_path / "run" / "grid.png").exists()
     draw("--out", str(tmp_path / "a.gif"), "a large four", "--samples", "4")
