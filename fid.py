@@ -3,13 +3,13 @@
     python fid.py SAMPLES REFERENCE     folders, .npz or .pt files, statistics, or cifar10
     torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE     sooner, with the same result
 
-It works alone (only `digits` needs digits.npz beside it, and `--features dinov2` teacher.py).
+It works alone (`digits` needs digits.npz beside it, and `--features dinov2` teacher.py).
 
 Papers (arXiv): FID 1706.08500, sFID 2103.03841, Inception Score 1606.03498, improved precision and
 recall 1904.06991, KID 1801.01401, FD-DINOv2 2306.04675.
 
-Evaluators seldom differ in a formula, but in the network, the resize before it, and the number of
-images. Network and resize are TensorFlow's here, as in ADM's evaluator and so in papers' tables.
+Evaluators differ in network, resize and number of images, seldom in formulas. Network and resize
+are TensorFlow's here, as in ADM's evaluator and so in papers' tables.
 
 Letters: B batch, N images, F features, C channels, H, W height and width.
 """
@@ -47,7 +47,7 @@ DINOV2 = "dinov2_vitl14"
 DINOV2_SIDE = 224
 DINOV2_GRID = 16  # patches of 14 pixels
 PIXELS_SIDE = 8
-FEW_IMAGES = 10_000  # the FID of fewer is biased
+FEW_IMAGES = 10_000  # fewer bias FID
 MANY_IMAGES = 50_000  # precision, recall, KID of more are slow
 CHUNK = 1000  # rows of a distance matrix
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -110,6 +110,8 @@ class Inception(tv.Inception3):
     """The network of FID, without weights; state-dict keys as in the published file."""
 
     def __init__(self, resize="tf1"):
+        if resize not in RESIZES:
+            raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZES)}")
         blocks = (BlockA, tv.InceptionB, BlockC, tv.InceptionD, BlockE)
         blocks = [partial(block, conv_block=Conv) for block in blocks]
         super().__init__(INCEPTION_CLASSES, aux_logits=False, init_weights=False,
@@ -165,7 +167,7 @@ def load_inception(weights=None, resize="tf1"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA)
         except (OSError, RuntimeError) as e:
-            raise OSError(f"Inception could not be fetched ({one_line(e)}): download it from "
+            raise OSError(f"Inception could not be fetched ({one_line(e)}): download "
                           f"{INCEPTION_URL} for --weights, or use --features pixels") from None
     net = Inception(resize)
     try:
@@ -494,7 +496,7 @@ def read_image(path, crop=None):
     """Read a file as crop(PIL image) in RGB; refuse what would be rounded or made opaque."""
     try:
         with Image.open(path) as image:
-            stored = f"{image.mode} {[tile[3] for tile in image.tile]}"  # PIL clips what is deeper
+            stored = f"{image.mode} {[tile[3] for tile in image.tile]}"
             image.load()
     except Exception as e:
         raise ValueError(f"{path} cannot be decoded ({one_line(e)}): repair or remove it") from None
@@ -606,7 +608,7 @@ def beside(name, user):
 def read_digits():
     """Return the digits that data.py trains on, uint8 [1500,1,8,8]."""
     with np.load(beside("digits.npz", "digits")) as f:
-        images = np.round(f["images"] * (255 / 16)).astype(np.uint8)  # [1797,8,8] of 0 ... 16
+        images = np.round(f["images"] * (255 / 16)).astype(np.uint8)  # of 0 ... 16
     rows = np.random.RandomState(0).permutation(len(images))[:1500]
     return torch.from_numpy(images[rows][:, None])
 
@@ -834,16 +836,16 @@ def parse(argv):
     add("--crop-kind", choices=("adm", "square-lanczos"), help="adm if not given")
     add("--data-root", default="out/data", help="where torchvision's sets are kept")
     add("--kid-subsets", type=at_least(1), default=100, help="subsets of KID")
-    add("--kid-subset-size", type=at_least(2), help="images in each; 1,000 or all if not given")
+    add("--kid-subset-size", type=at_least(2), help="images in each; 1,000 if not given")
     add("--split-size", type=at_least(1), default=5000, help="images in a split of Inception Score")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--save-stats", help="write statistics of SAMPLES to this .npz, a later REFERENCE")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 
     if not args.samples or not (args.reference or args.save_stats or args.metrics):
-        raise ValueError("give SAMPLES and REFERENCE, or SAMPLES with --save-stats or --metrics is")
+        raise ValueError("give SAMPLES and REFERENCE, or one with --save-stats or --metrics is")
     if not (args.save_stats or ".npz").endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz")
     if args.crop and not any(Path(p or "x.npz").is_dir() for p in (args.samples, args.reference)):

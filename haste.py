@@ -34,8 +34,8 @@ import torch.nn.functional as F
 # Where to align, for a teacher of 12 blocks such as DINOv2-B; other depths map in proportion.
 #   feature_depth   number of student blocks below the projector; feature_depth_repa with REPA alone
 #   pairs           (student block, teacher block) whose attention is aligned, 0-based
-# The rows of S and Ti are ours, the others the papers'. With a teacher of 4 blocks, Ti's pairs
-# become (0, 2), (1, 2), (2, 3).
+# The rows of S and Ti are ours, the others the papers'. With a teacher of 4 blocks, SiT-Ti's pairs
+# become (0, 2), (1, 2), (2, 3), MMDiT-Ti's (0, 2), (1, 3).
 TABLE_DEPTH = 12
 _BASE = dict(feature_depth=5, feature_depth_repa=4, pairs=((2, 7), (3, 9), (4, 11)))
 _LARGE = dict(feature_depth=8, feature_depth_repa=8, pairs=((4, 8), (5, 9), (6, 10), (7, 11)))
@@ -45,7 +45,7 @@ ALIGNMENT = {
     "SiT-B": _BASE,
     "SiT-L": _LARGE,
     "SiT-XL": _LARGE,
-    "MMDiT-Ti": dict(feature_depth=2, feature_depth_repa=2, pairs=((0, 8), (1, 11))),
+    "MMDiT-Ti": dict(feature_depth=3, feature_depth_repa=3, pairs=((0, 8), (1, 11))),
     "MMDiT-24": _LARGE,
 }
 

@@ -22,13 +22,12 @@ import data
 import ddp
 import evaluate
 import models
-import scenes
 import text
 from experiments.digits import folder_of, plus_minus, steps_to, train
 from teacher import train_small
 
 STEPS = 1000
-EVERY = 50                                                                  # steps between evaluations
+EVERY = 100                                                                 # steps between evaluations
 SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)
 SCENES = ["--preset", "scenes"]
 METHODS = {  # name in the table: flags; the first one sets the levels
@@ -53,19 +52,14 @@ GUIDANCE = (1, 2, 4)
 
 
 def teachers(out):
-    """Train small teachers with three kinds of labels; return {name: flags of HASTE with each}."""
+    """Train small teachers on other labels than which digits are to be seen; return {name: flags}."""
     images = data.open_data("scenes")
     pixels, meanings = images.train.read(torch.arange(len(images.train)))
-    labels = {
-        "which digits": scenes.digits_in(meanings),
-        "which scene": meanings,
-        "without labels": None,
-    }
     grid = images.size // models.CONFIGS["MMDiT-Ti/4"]["patch_size"]
-    methods = {"plain": METHODS["plain"]}
-    for name, kind in labels.items():
+    methods = {name: METHODS[name] for name in ("plain", "HASTE")}
+    for name, labels in (("by scene", meanings), ("without labels", None)):
         folder = out / "teachers" / name.replace(" ", "_")
-        train_small(data.to_rgb(pixels), kind, grid, cache=folder)
+        train_small(data.to_rgb(pixels), labels, grid, cache=folder)
         file = next(folder.glob("teacher-*.pt"))
         methods[f"HASTE, teacher {name}"] = [*METHODS["HASTE"], "--teacher-weights", str(file)]
     return methods

@@ -87,6 +87,8 @@ def test_inception_takes_grey_bytes_and_knows_no_training_mode(golden_inception)
     assert torch.equal(net(grey)["pool"], expected) and torch.equal(net.train()(grey)["pool"], expected)
     with pytest.raises(ValueError, match="takes uint8"):
         net(images / 255)
+    with pytest.raises(ValueError, match="resize 'tf2' is none of tf1, pytorch"):
+        fid.Inception("tf2")
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (299, 299), (640, 401)])
