@@ -1,6 +1,6 @@
 """Training images: digits, torchvision's small sets, folders of photographs, and packed folders.
 
-    data = open_data("digits" | "cifar10" | "mnist" | "fashionmnist" | FOLDER | PACKED)
+    data = open_data("digits" | "scenes" | "cifar10" | "mnist" | ... | FOLDER | PACKED)
     images, labels = data.train.read(rows)                      # uint8 [b,C,H,W], int64 [b]
     for images, moments, labels, _ in batches(data.train, seed=0, start=0, batch_size=256): ...
 
@@ -79,7 +79,7 @@ class FolderSet:
 class Data:
     """A data set, and what it requires of a model."""
 
-    train: object      # ArraySet, FolderSet or PackedSet
+    train: object      # ArraySet, FolderSet, PackedSet, CaptionedSet or SceneSet
     held: object       # the same, or None if nothing is held out
     size: int          # side of an image in pixels
     channels: int      # 1 grey, 3 RGB
@@ -158,6 +158,9 @@ class Data:
         before = saved.get("packed_from")
         if packed and before and packed["fingerprint"] != before["fingerprint"]:
             wrong = wrong or f"another autoencoder, {packed['vae']} (was {before['vae']})"
+        encoders = [text.get("fingerprint") for text in (self.text, saved.get("text")) if text]
+        if len(set(encoders)) > 1:
+            wrong = wrong or "another text encoder"
         if wrong:
             raise ValueError(f"--data {cfg.data} is not what the checkpoint was trained on: "
                              f"{wrong}. Put that data back, or start over with another --out")
@@ -251,7 +254,7 @@ def class_folders(folder, flag="--data"):
     if not folder.is_dir():
         problem = f"{flag} {folder} is not a folder"
         if flag == "--data":
-            problem += (f" of images or of prepare.py, nor one of digits, "
+            problem += (f" of images or of prepare.py, nor one of digits, scenes, "
                         f"{', '.join(TORCHVISION_SETS)}")
         raise ValueError(problem)
     top = folder / "train" if (folder / "train").is_dir() else folder

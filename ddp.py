@@ -65,7 +65,9 @@ class Processes:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # the only buffers are tables that never change
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False)
 
     def mean(self, values):
         """Return the mean of a tensor over the processes, on its device."""

@@ -177,6 +177,8 @@ def _guided(model, y, dtype, cfg_scale, null_label, channels):
     if cfg_scale != 1 and null is None:
         raise ValueError("guidance needs the null label: pass null_label, or a model with the "
                          "attribute num_classes")
+    if null is not None:
+        null = torch.as_tensor(null).to(y)
     t_dtype = torch.promote_types(dtype, torch.float32)                     # t is never bfloat16
 
     def f(x, i):
@@ -184,7 +186,7 @@ def _guided(model, y, dtype, cfg_scale, null_label, channels):
         t = torch.full((len(x),), i, device=x.device, dtype=t_dtype)        # [B]
         if cfg_scale == 1:
             return _halves(_as_state(model(x, t, y)), x)
-        labels = torch.cat([y, torch.full_like(y, null)])                   # [2B]: with label, then without
+        labels = torch.cat([y, null.expand_as(y)])                          # [2B]: with label, then without
         c, u = _as_state(model(torch.cat([x, x]), torch.cat([t, t]), labels)).chunk(2)
         eps = u[:, :channels] + cfg_scale * (c - u)[:, :channels]
         return _halves(torch.cat([eps, c[:, channels:]], dim=1), x)

@@ -14,11 +14,13 @@ Scenes have captions instead of classes, and these scores (scenes.py):
     place          share of the ink inside the named boxes; large digits do not count
     ..._unseen     the same for the pairs of digits that never occur in training
 
-Samples carry the labels 0, 1, 2, ... in turn, and each one's noise depends on its index alone.
+Samples carry the labels 0, 1, 2, ... in turn, or captions of the set. Each one's noise depends on
+its index alone.
 """
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -33,7 +35,11 @@ from data import to_rgb, to_uint8
 
 REFERENCE_IMAGES = 10_000                                                   # compared with, at most
 BATCH = 256
-SHEET = 30                                                                  # scenes with captions on a picture
+SHEET = 30                                                                  # samples with captions on a picture
+CAPTION_COLUMNS = 6
+CAPTION_SIDE = 144                                                          # pixels: wide enough for a caption
+CAPTION_HEIGHT = 16
+LETTER = 5                                                                  # pixels of a letter, about
 INCEPTION_BATCH = 64
 
 
@@ -73,9 +79,8 @@ def reference(images, inception=None):
         batches = (images.train.read(part)[0] for part in rows.split(INCEPTION_BATCH))
         sets["inception"] = inception, inception_gaussian(inception, batches)
     if isinstance(images.train, scenes.SceneSet):
-        digits = images.train.images, images.train.digit_labels
-        held, _ = images.held.read(torch.arange(len(images.held)))
-        return {"digits": digits, "held": fid.pixel_features(held)}
+        held = fid.pixel_features(images.held.scenes)
+        return {"digits": images.train.digits, "held": held}
     for name, split in (("train", images.train), ("held", images.held)):
         if split is None or len(split) < 2:                                 # a covariance needs two
             continue
@@ -93,18 +98,18 @@ def reference(images, inception=None):
 class Prompts:
     """What the samples of an evaluation are made for."""
 
-    y: object           # class ids [M], or captions as the data set has them, [M,L] or [M,L,C]
-    texts: object = None        # the captions as strings, if known
-    meanings: object = None     # of scenes: what they show, [M]; first pairs seen in training
-    seen: int = 0               # so many
+    y: torch.Tensor                             # class ids [M], or captions as the set has them
+    texts: Optional[list] = None                # the captions as strings, if known
+    meanings: Optional[torch.Tensor] = None     # of scenes: what they show, [M]
+    num_seen: int = 0                           # of the first ones, which occur in training
 
 
-def prompts(images, count):
+def prompts_of(images, count):
     """Return the Prompts of `count` samples: classes or captions in turn. images: data.Data."""
     if images.text is None:
         return Prompts(torch.arange(count) % len(images.classes))
     if isinstance(images.train, scenes.SceneSet):
-        meanings = torch.cat(scenes.prompts(images.held, count))
+        meanings = torch.cat(scenes.meanings_to_draw(images.held, count))
         ids = images.held.ids[meanings, torch.arange(len(meanings)) % 2]
         return Prompts(ids, scenes.captions_of(meanings), meanings, count)
     rows = torch.arange(count) * len(images.train) // count
@@ -130,8 +135,11 @@ def frechet(a, b):
     return fid.frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
 
-def scores(samples, sets, num_classes):
-    """Return {name: number}, named as above, for uint8 samples [B,C,H,W] and `reference`'s sets."""
+def scores(samples, sets, num_classes=None):
+    """Return {name: number}, named as above, for uint8 samples [B,C,H,W] and `reference`'s sets.
+
+    Samples that were made for captions have no classes, and no accuracy.
+    """
     fake = torch.cat([fid.pixel_features(x) for x in samples.split(BATCH)])
     real, labels = sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
@@ -150,10 +158,10 @@ def scores(samples, sets, num_classes):
     return row
 
 
-def scene_scores(samples, wanted, reference):
-    """Return {name: number} for samples uint8 [M,1,H,W] of scenes; wanted: their Prompts."""
-    right, place = scenes.judge(samples, wanted.meanings, *reference["digits"])
-    n = wanted.seen
+def scene_scores(samples, prompts, reference):
+    """Return {name: number} for samples uint8 [M,1,H,W] of scenes, made for these Prompts."""
+    right, place = scenes.judge(samples, prompts.meanings, *reference["digits"])
+    n = prompts.num_seen
     fake = fid.pixel_features(samples[:n])
     return {"fd": frechet(fake, reference["held"]),
             "text_accuracy": right[:n].double().mean().item(),
@@ -162,21 +170,21 @@ def scene_scores(samples, wanted, reference):
             "place_unseen": place[n:].nanmean().item()}
 
 
-def evaluate_sit(ema, condition, wanted, contrast, decode, reference, cfg, processes, autocast):
+def evaluate_sit(ema, condition, prompts, contrast, decode, reference, cfg, processes, autocast):
     """Sample from a run's averaged weights, draw OUT/samples.png, and return the scores.
 
-    cfg is haste_train.py's configuration; wanted: the Prompts, which condition (models.Condition)
-    turns into what the model takes; contrast is for sit.sample_ode, or None; decode maps latents to
-    pixels, see vae.load_decoder. Only the first process has scores, the others return {}.
+    cfg is haste_train.py's configuration; prompts: what the samples are made for, which condition
+    (models.Condition) turns into what the model takes; contrast is for sit.sample_ode, or None;
+    decode maps latents to pixels, see vae.load_decoder. Only the first process has scores, the
+    others return {}.
     """
     shape = (ema.in_channels, ema.input_size, ema.input_size)
 
     def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
-        y = wanted.y[rows % len(wanted.y)].to(processes.device)
+        y = condition(prompts.y[rows % len(prompts.y)].to(processes.device))
         randn = run.indexed_randn(cfg.seed, rows)
         noise = randn(torch.empty(len(rows), *shape, device=processes.device))
         with autocast:
-            y = condition(y)
             if cfg.objective == "ddpm":
                 x = dit.sample_ddpm(ema, noise, y, cfg.eval_steps, cfg.eval_cfg, randn=randn)
             else:
@@ -184,16 +192,16 @@ def evaluate_sit(ema, condition, wanted, contrast, decode, reference, cfg, proce
                                    null_label=condition.null, contrast=contrast)
             return to_uint8(decode(x))
 
-    samples = draw_samples(len(wanted.y), draw, processes)
+    samples = draw_samples(len(prompts.y), draw, processes)
     if not processes.main:
         return {}
     picture = Path(cfg.out, "samples.png")
-    if wanted.meanings is not None:
-        save_grid(samples[:SHEET], picture, 6, side=144, captions=wanted.texts[:SHEET])
-        return scene_scores(samples, wanted, reference)
-    if wanted.y.ndim > 1:                                                   # captions
-        save_grid(samples[:100], picture, 10)
-        return scores(samples, reference, None)
+    if prompts.meanings is not None:
+        save_grid(samples[:SHEET], picture, CAPTION_COLUMNS, CAPTION_SIDE, prompts.texts[:SHEET])
+        return scene_scores(samples, prompts, reference)
+    if prompts.y.ndim > 1:                                                  # captions
+        save_grid(samples[:SHEET], picture, CAPTION_COLUMNS)
+        return scores(samples, reference)
     sample_sheet(samples, ema.num_classes, picture)
     return scores(samples, reference, ema.num_classes)
 
@@ -240,9 +248,6 @@ def image_grid(images, columns, side=64, captions=None):
     return Image.fromarray(canvas).resize(size, Image.NEAREST)
 
 
-CAPTION_HEIGHT = 16                                                         # pixels
-
-
 def _with_captions(images, columns, side, captions):
     rows = [image_grid(part, columns, side) for part in images.split(columns)]
     zoom = max(1, side // images.shape[2])
@@ -251,16 +256,21 @@ def _with_captions(images, columns, side, captions):
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
         canvas.paste(row, (0, step * i))
+    width = (images.shape[3] + 1) * zoom
     for i, caption in enumerate(captions):
-        left = i % columns * (images.shape[3] + 1) * zoom
+        # a caption that stands for a whole row may be as long as the row
+        alone = not any(captions[i + 1:(i // columns + 1) * columns])
+        room = (columns - i % columns if alone else 1) * width // LETTER
+        caption = " ".join(caption.split())[:room]
+        left = i % columns * width
         draw.text((left, step * (i // columns) + rows[0].height + 2), caption, "black")
     return canvas
 
 
-def save_grid(images, path, columns, **kwargs):
+def save_grid(images, path, columns, side=64, captions=None):
     """Save uint8 images [B,C,H,W] as one picture, a PNG for example; see `image_grid`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, **kwargs).save(path)
+    image_grid(images, columns, side, captions).save(path)
 
 
 def sample_sheet(samples, num_classes, path, columns=10):

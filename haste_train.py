@@ -130,7 +130,7 @@ class Config:
 
 MAY_CHANGE_ON_RESUME = ("steps", "out", "device", "resume", "track", "log_every", "save_every",
                         "eval_every", "cache", "data_root", "accumulate", "compile", "vae",
-                        "eval_features", "eval_weights")
+                        "text", "eval_features", "eval_weights")
 
 # ImageNet, packed: the papers' settings, which are the same for all sizes.
 IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teacher="dinov2_vitb14",
@@ -168,10 +168,11 @@ PRESETS = {
 def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False, negatives=None):
     """Return the total loss of a batch, and its terms for the log ("loss" is the objective alone).
 
-    x [B,C,h,w] clean, y [B] or of captions [B,L,C], t [B], eps like x; targets: what the teacher
-    returns, or None if the alignment has ended. negatives, with --contrastive: the velocities [M,C,h,w] of the global
-    batch, and which of them [B] each sample is kept away from. With `exact`, the terms include the
-    true value of the attention loss: it costs a log-sum-exp, so only logged steps ask for it.
+    x [B,C,h,w] clean; y [B], or features of captions [B,L,C]; t [B]; eps like x; targets: what the
+    teacher returns, or None if the alignment has ended. negatives, with --contrastive: the
+    velocities [M,C,h,w] of the global batch, and which of them [B] each sample is kept away from.
+    With `exact`, the terms include the true value of the attention loss: it costs a log-sum-exp, so
+    only logged steps ask for it.
     """
     if cfg.objective == "flow" and targets is None and negatives is None:
         flow = sit.flow_loss(model, x, y, t, eps, cfg.path)                 # from tau on: nothing else
@@ -302,8 +303,8 @@ def held_cosine(model, teacher, images, condition, pairs, cfg, processes, autoca
     block = model.blocks[model.encoder_depth - 1]                           # the one below the projector
     with torch.compiler.set_stance("force_eager"):                          # a batch of another size: not compiled
         targets = teacher_targets(teacher, pixels, pairs, autocast)
+        y = condition(y)
         with autocast:
-            y = condition(y)
             cosine = gradient_cosine(losses_at, block.parameters())
     return processes.mean(cosine).item()                                    # so that all processes decide alike
 
@@ -321,10 +322,13 @@ def check(cfg, world):
                 "must be a number of steps, auto or never")
     run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
                 "must be 1 or more")
-    if cfg.model.startswith("MMDiT"):
+    if cfg.model in mmdit.MMDIT_CONFIGS:
         refuse_changed(cfg, ("objective", "projector"), "is for a SiT: leave it out")
     else:
-        refuse_changed(cfg, ("zero_init", "text"), "is for an MMDiT: leave it out")
+        refuse_changed(cfg, ("zero_init", "text"), "is for an MM-DiT: leave it out")
+    if cfg.data == "scenes":
+        refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
+        refuse_changed(cfg, ("eval_features",), "is for photographs: leave it out")
     if cfg.objective == "ddpm":
         refuse_changed(cfg, ("path", "time", "contrastive"),
                        "is for --objective flow: leave it out")
@@ -372,7 +376,11 @@ def build(cfg, saved, aligned, processes):
     if cfg.spatial_norm is not None and grid == 1:
         raise ValueError(f"--spatial-norm {cfg.spatial_norm} needs more than one token: choose a "
                          f"--model with a smaller patch")
-    condition = models.condition_of(cfg, images, processes)
+    if images.text is None:
+        condition = models.condition_of_classes(len(images.classes), processes)
+    else:
+        condition = models.condition_of_captions(images.train.null, images.text, cfg.text,
+                                                 processes)
 
     teacher = None
     pairs = []
@@ -382,7 +390,7 @@ def build(cfg, saved, aligned, processes):
     elif cfg.init:
         file = processes.main_first(lambda: run.checkpoint_file(cfg.init, "init"))
         initial = models.load(file, cfg.num_heads, cfg.objective)
-        if isinstance(initial, sit.SiT):
+        if isinstance(initial, sit.SiT) and images.text is None:
             arch.update(learn_sigma=initial.learn_sigma, flip_time=initial.flip_time)
     if aligned:
         teacher = align.make_teacher(cfg, images, grid, processes)
@@ -453,7 +461,7 @@ def train(cfg, processes, stop):
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
             reference = processes.on_main(lambda: evaluate.reference(images, inception))
-            prompts = evaluate.prompts(images, cfg.eval_samples)
+            prompts = evaluate.prompts_of(images, cfg.eval_samples)
         log = run.Log(cfg, start, processes)
 
     device = processes.device
@@ -523,8 +531,7 @@ def train(cfg, processes, stop):
             pixels, moments, y, numbers = next(feed)
         eps, t, dropped, mirrored, posterior, other = numbers
         pixels = data.mirror(pixels, mirrored)                              # [b,C,H,W] uint8, or None
-        with autocast:
-            y = condition(y, dropped)                                       # dropped: for classifier-free guidance
+        y = condition(y, dropped)                                           # dropped: for classifier-free guidance
         if packed:
             x = data.to_latents(moments, mirrored, posterior, packed["scale"])              # [b,C,h,w]
         else:

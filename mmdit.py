@@ -5,8 +5,9 @@
     v = model(x, t, context)    # x [B,4,32,32], t [B], context [B,77,768]: a text encoder's output
     model = mmdit.load_mmdit("checkpoint.pt")       # REPA's and HASTE's checkpoints, and ours
 
-It is called like a SiT, with features of a caption where SiT has a label: sit.flow_loss and sit's
-samplers serve both. For guidance, their null_label is the features [L,C] of the empty caption.
+It is called like a SiT, with features of a caption where SiT has a label, so sit.flow_loss (without
+its label_drop) and sit's samplers serve both. For guidance, their null_label is the features [L,C]
+of the empty caption.
 
 Text and image are two streams of tokens, each with its own weights, that meet in attention only
 (SD3, Esser et al. 2024, arXiv 2403.03206). Size and form are those of REPA (Yu et al. 2025,
@@ -117,7 +118,7 @@ class Attention(nn.Module):
 class Stream(nn.Module):
     """One stream's half of a block: what comes before the joint attention, and what after it.
 
-    With `pre_only` nothing comes after it: of the last block's text nobody asks for more.
+    With `pre_only` there is no second half: nothing reads the last block's text.
     """
 
     def __init__(self, dim, num_heads, qk_norm, pre_only=False):
@@ -267,12 +268,15 @@ class MMDiT(nn.Module):
         tapped = list(tap_layers) if with_taps else []
         if any(not 0 <= i < len(self.joint_blocks) for i in tapped):
             raise ValueError(f"tap_layers {tapped} must lie in 0 ... {len(self.joint_blocks) - 1}")
-        rows = x.shape[2] // self.patch_size
-        columns = x.shape[3] // self.patch_size
+        if any(side % self.patch_size for side in x.shape[2:]):
+            raise ValueError(f"latent {list(x.shape[2:])} must be a multiple of the patch size "
+                             f"{self.patch_size}")
+        rows, columns = (side // self.patch_size for side in x.shape[2:])
 
         h = self.x_embedder(x) + self.positions(rows, columns)              # [B,N,D]
-        a = self.context_embedder(context)                                  # [B,L,D]
-        c = self.t_embedder(t)                                              # [B,D]
+        # in h's dtype, float32 also under autocast: both streams add up many small terms
+        a = self.context_embedder(context).to(h.dtype)                      # [B,L,D]
+        c = self.t_embedder(t).to(h.dtype)                                  # [B,D]
         z = None
         qk = {}                                                             # block -> its queries and keys
         for i, block in enumerate(self.joint_blocks):

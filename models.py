@@ -1,9 +1,9 @@
 """Which network a run trains or a checkpoint holds, and what it is told of an image.
 
-    arch = models.arch_of(cfg, images)                  # the arguments of the class, as a dict
+    arch = models.arch_of(cfg, images)              # the arguments of the class, as a dict
     model = models.create(arch)
-    model = models.load("out/ckpt.pt")                  # SiT, DiT, MM-DiT or xAR, by its tensors
-    condition = models.Condition(images, encoder)       # class ids as they are, captions encoded
+    model = models.load("out/ckpt.pt")              # SiT, DiT, MM-DiT or xAR, by its tensors
+    condition = models.condition_of_captions(...)   # what the model is called with, beside x and t
 
 cfg is haste_train.py's configuration, images a data.Data. The networks are in sit.py, mmdit.py,
 xar.py; text.py has the encoders of captions.
@@ -33,23 +33,33 @@ class Condition:
 
     @torch.no_grad()
     def __call__(self, y, dropped=None):
-        """Return the condition of y, and that of no label for which dropped [B] is true."""
+        """Return the condition of y; where dropped [B] is true, that of no label."""
         if dropped is not None:
             y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), self.no_label, y)
-        if self.encoder is not None:
+        if self.encoder is None:
+            return y if y.ndim == 1 else y.float()
+        with torch.autocast(y.device.type, enabled=False):                  # in full precision, as packed features
             return self.encoder(y)
-        return y if y.ndim == 1 else y.float()
 
 
-def condition_of(cfg, images, processes):
-    """Return the Condition of a run, with the encoder that --text names if there are captions."""
-    if images.text is None:
-        null = torch.tensor(len(images.classes))
-        return Condition(null.to(processes.device))
-    null = images.train.null.to(processes.device)
-    if null.ndim == 2:                                                      # packed as features
+def condition_of_classes(count, processes):
+    """Return the Condition of class ids 0 ... count - 1."""
+    return Condition(torch.tensor(count, device=processes.device))
+
+
+def condition_of_captions(null, about_text, weights, processes):
+    """Return the Condition of captions, which `about_text` describes (text.py).
+
+    null: the empty one, as the others are: token ids [L], or packed features [L,C]. weights: the
+    file that --text names, or None. Raises ValueError or OSError, one line.
+    """
+    null = null.to(processes.device)
+    if null.ndim == 2:
+        if weights:
+            raise ValueError(f"--text {weights} is not needed: the captions are packed as "
+                             f"features; leave it out")
         return Condition(null)
-    encoder = processes.main_first(lambda: text.open_encoder(images.text, cfg.text))
+    encoder = processes.main_first(lambda: text.open_encoder(about_text, weights))
     return Condition(null, encoder.to(processes.device))
 
 
@@ -63,9 +73,10 @@ def arch_of(cfg, images):
     channels, side, _ = images.shape
     patch = CONFIGS[cfg.model]["patch_size"]
     if (images.text is None) == (cfg.model in mmdit.MMDIT_CONFIGS):
-        has, wanted = ("class labels", "SiT") if images.text is None else ("captions", "MMDiT")
+        has = "class labels" if images.text is None else "captions"
+        wanted = sit.SIT_CONFIGS if images.text is None else mmdit.MMDIT_CONFIGS
         raise ValueError(f"--data {cfg.data} has {has}, which --model {cfg.model} does not take: "
-                         f"give a {wanted}, as {next(n for n in CONFIGS if n.startswith(wanted))}")
+                         f"give another, as {next(iter(wanted))}")
     if side % patch:
         factor = images.size // side
         vae_factor = f"VAE {factor} x " if images.packed else ""
@@ -75,7 +86,8 @@ def arch_of(cfg, images):
                 hidden_size=cfg.hidden_size, num_heads=cfg.num_heads, qk_norm=cfg.qk_norm,
                 projector_dim=cfg.projector_dim)
     if images.text is not None:
-        arch.update(context_dim=images.text["width"], zero_init=cfg.zero_init)
+        grid = max(mmdit.TABLE_GRID, side // patch)                         # of the position table
+        arch.update(context_dim=images.text["width"], table_grid=grid, zero_init=cfg.zero_init)
         return arch
     arch.update(num_classes=len(images.classes))
     if cfg.objective == "ddpm":
@@ -90,7 +102,10 @@ def create(arch):
 
 
 def load_initial(model, initial, cfg):
-    """Copy the weights of --init, its projector only if it has the same place and sizes."""
+    """Copy the weights of --init, its projector only if it has the same place and sizes.
+
+    Raises ValueError, one line, if they do not fit.
+    """
     weights = initial.state_dict()
     fresh = {k: w for k, w in model.state_dict().items() if k.startswith(PROJECTOR)}
     same_shapes = all(k in weights and weights[k].shape == w.shape for k, w in fresh.items())

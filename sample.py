@@ -42,7 +42,6 @@ FRAMES = 20                                                                 # of
 FRAME_MS = 100                                                              # each is shown so long, the last one longer
 LAST_FRAME_MS = 2000
 GIF_SIDE = 32                                                               # pixels of an image, at least
-CAPTION_SIDE = 144                                                          # wide enough for its caption
 
 
 def parse_args(argv):
@@ -220,13 +219,13 @@ def wanted_of(args, model, processes):
         if args.label is not None and args.label >= model.num_classes:
             raise ValueError(f"--label {args.label} must lie in 0 ... {model.num_classes - 1}, the "
                              f"model's classes")
-        no_label = torch.tensor(model.num_classes, device=processes.device)
-        return Wanted(model.num_classes, torch.as_tensor, models.Condition(no_label))
+        condition = models.condition_of_classes(model.num_classes, processes)
+        return Wanted(model.num_classes, torch.as_tensor, condition)
 
-    # the official checkpoints do not say that they are of CLIP
-    about = model.text or {"encoder": "clip"}
+    about = model.text or {"encoder": "clip"}                               # the official files do not say
     if args.captions and Path(args.captions).is_dir():
-        texts, read, null = captions_of_folder(args, about)
+        run.require(args, not args.merges, "merges", "is not needed: the captions are packed")
+        texts, read, null, about = captions_of_folder(args, about)
     else:
         texts = captions_of_words(args, about)
         tokenizer = processes.main_first(lambda: text.open_tokenizer(about, args.merges))
@@ -236,11 +235,11 @@ def wanted_of(args, model, processes):
                             f"tokens and are cut")
         read = ids.__getitem__
         null = tokenizer([""])[0]
-    encoder = None
-    if null.ndim == 1:                                                      # else packed as features
-        encoder = processes.main_first(lambda: text.open_encoder(about, args.text))
-        encoder = encoder.to(processes.device)
-    condition = models.Condition(null.to(processes.device), encoder)
+    condition = models.condition_of_captions(null, about, args.text, processes)
+    width = condition.null.shape[-1]
+    if width != model.context_dim:
+        raise ValueError(f"{args.ckpt} reads features of width {model.context_dim}, and these "
+                         f"captions have {width}: name its own text encoder with --text")
     return Wanted(len(texts), read, condition, texts)
 
 
@@ -264,19 +263,20 @@ def captions_of_words(args, about):
 
 
 def captions_of_folder(args, about):
-    """Return a caption of each image in --captions, how to read them, and the null caption."""
+    """Return a caption of each image in --captions, how to read them, "", and their encoder."""
     images = data.open_data(args.captions)
     run.require(args, images.text is not None, "captions", "has class labels: prepare it with "
                                                            "--captions")
-    was = about.get("fingerprint")
-    if was not in (None, images.text["fingerprint"]):
-        raise ValueError(f"--captions {args.captions} was prepared with another text encoder than "
-                         f"that of {args.ckpt}: prepare it with the same --text")
+    same = about["encoder"] == images.text["encoder"]
+    if about.get("fingerprint"):
+        same = same and about["fingerprint"] == images.text["fingerprint"]
+    run.require(args, same, "captions", f"was prepared with another text encoder than that of "
+                                        f"{args.ckpt}: prepare it with the same --text")
     # which of an image's captions depends on the seed and the image
-    choice = [np.random.default_rng([args.seed, i, 2]).random() for i in range(len(images.train))]
-    choice = torch.tensor(choice)
-    texts = images.train.strings(torch.arange(len(choice)), choice)
-    return texts, lambda rows: images.train.captions(rows, choice[rows]), images.train.null
+    u = [np.random.default_rng([args.seed, i, 2]).random() for i in range(len(images.train))]
+    u = np.array(u)
+    texts = images.train.strings(np.arange(len(u)), u)
+    return texts, lambda rows: images.train.captions(rows, u[rows]), images.train.null, images.text
 
 
 def labels_of(args, rows, count):
@@ -320,8 +320,8 @@ def sample(args, processes):
         return to_uint8(decode(latents), args.to_uint8)
 
     def draw(rows, draw_latents=draw_latents):                              # indices [b] -> latents
+        y = wanted.condition(wanted.read(labels[rows % len(labels)]).to(device))
         with autocast:
-            y = wanted.condition(wanted.read(labels[rows % len(labels)]).to(device))
             return draw_latents(model, args, rows, y, wanted.condition.null)
 
     def draw_images(rows):                                                  # indices [b] -> uint8 [b,C,H,W]
@@ -338,7 +338,8 @@ def sample(args, processes):
             save_gif([to_bytes(state)[order].cpu() for state in states], out, **grid)
     else:
         settings = settings_of(args, model, wanted, processes)
-        write_npz(out, labels.numpy(), draw_images, settings, grid["columns"], args, processes)
+        columns = min(10, wanted.count) if wanted.texts else grid["columns"]
+        write_npz(out, labels.numpy(), draw_images, settings, columns, args, processes)
         return
     processes.print(f"{out}: {args.samples} samples")
 
@@ -374,7 +375,8 @@ def layout(args, wanted, labels):
     each = args.samples // wanted.count
     if each < 2 or args.samples % wanted.count or args.labels == "random":
         captions = [wanted.texts[label] for label in labels]
-        return order, dict(columns=5, captions=captions, side=CAPTION_SIDE)
+        return order, dict(columns=evaluate.CAPTION_COLUMNS, captions=captions,
+                           side=evaluate.CAPTION_SIDE)
     captions = []
     for caption in wanted.texts:
         captions += [caption, *[""] * (each - 1)]

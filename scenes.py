@@ -6,12 +6,12 @@
 
 This world is so small that no pretrained network is needed to judge a sample: a caption says which
 digits are to be seen, and where. The named boxes are cut out, and each is compared with real
-digits. 20 of the 100 ordered pairs never occur in training: how well these are drawn shows if a
-model has learnt words, or sentences only. Twenty-one words are not language.
+digits. 20 of the 100 ordered pairs never occur in training: how well these are drawn shows whether
+a model has learnt words, or only whole sentences. Twenty-one words are not language.
 
 A scene's *meaning* is one of 250 numbers: 10 large digits, 40 in corners, 200 pairs.
 
-Letters: b scenes, L words of a caption.
+Letters: b scenes, M digits, L words of a caption.
 """
 import numpy as np
 import torch
@@ -69,22 +69,38 @@ MEANINGS = [Meaning(number) for number in range(250)]
 UNSEEN = [number for number, meaning in enumerate(MEANINGS) if meaning.unseen]
 
 
+def compose(meanings, choice, images, labels):
+    """Return scenes uint8 [b,1,16,16] of these meanings [b].
+
+    choice [b,2] in [0, 1) says which images of a digit are taken: of images uint8 [M,1,8,8] with
+    labels [M].
+    """
+    canvases = torch.zeros(len(meanings), 1, CANVAS, CANVAS, dtype=torch.uint8)
+    for number in meanings.unique().tolist():
+        rows = (meanings == number).nonzero()[:, 0]
+        meaning = MEANINGS[number]
+        for digit, (top, left, side), u in zip(meaning.digits, meaning.boxes, choice[rows].T):
+            candidates = (labels == digit).nonzero()[:, 0]
+            image = images[candidates[(u * len(candidates)).long()]]        # [b,1,8,8]
+            zoom = side // SIDE
+            image = image.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+            canvases[rows, :, top:top + side, left:left + side] = image
+    return canvases
+
+
 class SceneSet:
-    """Scenes, composed when they are read: scene i depends on (seed, i) and the digits alone."""
+    """Scenes, which depend on the seed and the digits alone. Their labels are their meanings."""
 
     def __init__(self, images, labels, count, seed):
         """images uint8 [M,1,8,8] and labels [M] of single digits."""
-        self.images = images
-        self.digit_labels = labels
-        self.by_label = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
-
+        self.digits = images, labels
         # numpy promises that RandomState never changes
         rng = np.random.RandomState(seed)
         seen = [number for number in range(len(MEANINGS)) if number not in UNSEEN]
         kinds = [MEANINGS[number].kind for number in seen]
         shares = [SHARES[kind] / kinds.count(kind) for kind in kinds]
         self.labels = torch.from_numpy(rng.choice(seen, count, p=shares)).long()
-        self.choice = rng.rand(count, 2)                                    # which of the digits
+        self.scenes = compose(self.labels, torch.from_numpy(rng.rand(count, 2)), images, labels)
 
         tokenizer = text.WordTokenizer(WORDS, LONGEST)
         self.ids = torch.stack([tokenizer(m.captions) for m in MEANINGS])   # [250,2,L]
@@ -93,20 +109,9 @@ class SceneSet:
     def __len__(self):
         return len(self.labels)
 
-    def compose(self, row):
-        meaning = MEANINGS[self.labels[row]]
-        canvas = torch.zeros(1, CANVAS, CANVAS, dtype=torch.uint8)
-        for digit, (top, left, side), u in zip(meaning.digits, meaning.boxes, self.choice[row]):
-            candidates = self.by_label[digit]
-            image = self.images[candidates[int(u * len(candidates))]]       # [1,8,8]
-            zoom = side // SIDE
-            image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-            canvas[:, top:top + side, left:left + side] = image
-        return canvas
-
     def read(self, rows):
         """Return images uint8 [b,1,16,16] and meanings [b] of the rows [b]."""
-        return torch.stack([self.compose(int(row)) for row in rows]), self.labels[rows]
+        return self.scenes[rows], self.labels[rows]
 
     def captions(self, rows, u):
         """Return a caption of each row, ids [b,L]: the first or the second, by u [b] in [0, 1)."""
@@ -150,8 +155,8 @@ def judge(samples, meanings, images, labels):
     return right, inside / ink
 
 
-def prompts(held, count):
-    """Return the meanings that are drawn in an evaluation: `count` seen ones, half as many unseen.
+def meanings_to_draw(held, count):
+    """Return the meanings of an evaluation's samples: `count` seen ones, and half as many unseen.
 
     held: the SceneSet of held-out digits, whose first meanings are taken.
     """

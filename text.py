@@ -437,6 +437,9 @@ def open_tokenizer(about_text, merges=None):
     merges: CLIP's file; None fetches it once. Raises ValueError or OSError, one line.
     """
     if is_words(about_text):
+        if merges:
+            raise ValueError(f"--merges {merges} is for CLIP's captions, and these are of "
+                             f"{len(about_text['words'])} words: leave it out")
         return WordTokenizer(about_text["words"], about_text["length"])
     path = merges or fetch(MERGES_URL, "--merges")
     tokenizer = Tokenizer(path, about_text.get("length", LENGTH))

@@ -10,7 +10,6 @@ finished, only its log is read. Plain training of the same seed sets the level t
 to reach: its text accuracy at the end.
 """
 import argparse
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,8 @@ import torch
 import data
 import ddp
 import evaluate
+import haste_train
 import models
-import text
 from experiments.digits import folder_of, plus_minus, steps_to, train
 from teacher import train_small
 
@@ -52,7 +51,7 @@ GUIDANCE = (1, 2, 4)
 
 
 def teachers(out):
-    """Train small teachers on other labels than which digits are to be seen; return {name: flags}."""
+    """Train small teachers with other labels; return {method: flags}."""
     images = data.open_data("scenes")
     pixels, meanings = images.train.read(torch.arange(len(images.train)))
     grid = images.size // models.CONFIGS["MMDiT-Ti/4"]["patch_size"]
@@ -60,21 +59,21 @@ def teachers(out):
     for name, labels in (("by scene", meanings), ("without labels", None)):
         folder = out / "teachers" / name.replace(" ", "_")
         train_small(data.to_rgb(pixels), labels, grid, cache=folder)
-        file = next(folder.glob("teacher-*.pt"))
+        file = max(folder.glob("teacher-*.pt"), key=lambda f: f.stat().st_mtime)
         methods[f"HASTE, teacher {name}"] = [*METHODS["HASTE"], "--teacher-weights", str(file)]
     return methods
 
 
 def train_all(methods, out, seeds, jobs):
     """Return {method: [curves of each seed]}."""
-    # one run alone trains the teacher, which all others find in the cache
-    name, flags = list(methods.items())[-1]
-    train(name, [*SCENES, *flags], EVERY, 0, out, STEPS, COLUMNS)
+    if "HASTE" in methods:                                                  # it trains the teacher for all
+        train("HASTE", [*SCENES, *methods["HASTE"]], EVERY, 0, out, STEPS, COLUMNS)
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {}
         for method, flags in methods.items():
-            waiting[method] = [pool.submit(train, method, [*SCENES, *flags], EVERY, seed, out,
-                                           STEPS, COLUMNS) for seed in range(seeds)]
+            flags = [*SCENES, *flags]
+            waiting[method] = [pool.submit(train, method, flags, EVERY, seed, out, STEPS, COLUMNS)
+                               for seed in range(seeds)]
         return {method: [job.result() for job in submitted]
                 for method, submitted in waiting.items()}
 
@@ -116,21 +115,21 @@ def print_over_steps(curves):
     print()
 
 
-def score(folder, guidance, shuffled=False):
+def score(folder, seed, guidance, shuffled=False):
     """Return the scores of a run's last weights: {name: number}, as in its log."""
     images = data.open_data("scenes")
     ema = models.load(folder / "ckpt.pt")
-    condition = models.Condition(images.train.null, text.open_encoder(images.text))
-    wanted = evaluate.prompts(images, 500)
+    processes = ddp.Processes("cpu")
+    condition = models.condition_of_captions(images.train.null, images.text, None, processes)
+    prompts = evaluate.prompts_of(images, haste_train.Config.eval_samples)
     if shuffled:                                                            # drawn for captions of other scenes
-        wanted = copy.copy(wanted)
-        wanted.y = wanted.y.roll(wanted.seen // 2, 0)
-    cfg = SimpleNamespace(seed=0, objective="flow", eval_steps=20, eval_cfg=guidance,
+        groups = prompts.y.split([prompts.num_seen, len(prompts.y) - prompts.num_seen])
+        prompts.y = torch.cat([ids.roll(len(ids) // 2, 0) for ids in groups])
+    cfg = SimpleNamespace(seed=seed, objective="flow", eval_steps=20, eval_cfg=guidance,
                           out=folder / "scored")
     cfg.out.mkdir(exist_ok=True)
-    processes = ddp.Processes("cpu")
     reference = evaluate.reference(images)
-    return evaluate.evaluate_sit(ema, condition, wanted, None, lambda x: x, reference, cfg,
+    return evaluate.evaluate_sit(ema, condition, prompts, None, lambda x: x, reference, cfg,
                                  processes, torch.autocast("cpu", enabled=False))
 
 
@@ -140,9 +139,9 @@ def print_guidance(methods, out, seeds):
     print(f"| method | guidance | {' | '.join(heads)} |")
     print("|---" * (2 + len(heads)) + "|")
     for method in methods:
-        folders = [folder_of(method, seed, out) for seed in range(seeds)]
-        rows = {str(w): [score(folder, w) for folder in folders] for w in GUIDANCE}
-        rows["1, captions shuffled"] = [score(folder, 1, shuffled=True) for folder in folders]
+        runs = [(folder_of(method, seed, out), seed) for seed in range(seeds)]
+        rows = {str(w): [score(*found, w) for found in runs] for w in GUIDANCE}
+        rows["1, captions shuffled"] = [score(*found, 1, shuffled=True) for found in runs]
         for name, found in rows.items():
             cells = [plus_minus([row[key] for row in found], digits, unit)
                      for key, (_, digits, unit) in SCORES.items()]
