@@ -67,10 +67,11 @@ def assert_same_run(a, b):
     assert rows_of(a) == rows_of(b)
 
 
-def test_two_processes_are_one(tmp_path, small_teacher):
+@pytest.mark.parametrize("flags", [["--mirror"], ["--data", "scenes", "--model", "MMDiT-Ti/4"]], ids=["digits", "scenes"])
+def test_two_processes_are_one(tmp_path, small_teacher, flags):
     """One process, two, and two with accumulation: the same curves, across the end of guidance."""
     # a larger learning rate amplifies rounding
-    logs = three_ways(tmp_path, "--steps", "20", "--stop", "10", "--mirror", "--contrastive", "0.05", "--lr", "0.002",
+    logs = three_ways(tmp_path, *flags, "--steps", "20", "--stop", "10", "--contrastive", "0.05", "--lr", "0.002",
                       teacher=small_teacher)
     for key in ("loss", "feature_loss", "attention_loss", "contrastive_term"):
         assert_close(logs, 20, key)

@@ -60,14 +60,15 @@ def test_nonsense_ends_with_one_line(argv, message):
 
 # ---- contenders
 
-@pytest.fixture(scope="module")
-def haste_steps():
-    """HASTE's contenders on a tiny SiT, with a teacher of fewer heads."""
+@pytest.fixture(scope="module", params=["digits", "scenes"])
+def haste_steps(request):
+    """HASTE's contenders on a tiny SiT or MM-DiT, with a teacher of fewer heads."""
     torch.manual_seed(0)
     net = teacher.DINOv2(embed_dim=24, depth=3, num_heads=2).resize_pos_embed(4).requires_grad_(False).eval()
-    cfg = training.config("digits", hidden_size=32, depth=4, num_heads=4, projector_dim=16)
+    cfg = training.config(request.param, hidden_size=32, depth=4, num_heads=4, projector_dim=16)
     haste_train.check(cfg, 1)
-    args = SimpleNamespace(size=8, channels=1, pixels=8, batch_size=4, accumulate=2)
+    channels, size, pixels = training.geometry(cfg)
+    args = SimpleNamespace(size=size, channels=channels, pixels=pixels, batch_size=4, accumulate=2)
     return training.haste_steps(args, cfg, net, CPU, run.autocast("fp32", CPU))
 
 
@@ -91,11 +92,11 @@ def test_training_steps_compute_the_same(haste_steps):
     assert same({k: before[k] for k in plain}, plain) > 1e-2                # the alignment is in it
     first, second = list(haste_steps.values())[:2]
     assert training.gradient_difference(first, second) < 1e-5
-    weight = first.model.blocks[0].mlp.fc1.weight
+    weight = first.model.x_embedder.proj.weight
     for step in haste_steps.values():                                       # all train one set of weights
         old = weight.clone()
         step()
-        assert not torch.equal(weight, old) and step.model.blocks[0].mlp.fc1.weight is weight
+        assert not torch.equal(weight, old) and step.model.x_embedder.proj.weight is weight
 
 
 @pytest.mark.parametrize("entity", ["cell:2", "scale"])
@@ -181,14 +182,20 @@ def test_alignment_does_not_grow_with_the_square():
 def test_memory_of_presets():
     xl = training.config("imagenet256-xl")
     haste_train.check(xl, 1)
-    block = 256 * (memory.sit_activations(xl, 2) - memory.sit_activations(xl, 1)) / 1e9
+    block = 256 * (memory.haste_activations(xl, 2) - memory.haste_activations(xl, 1)) / 1e9
     assert block == pytest.approx(3.63, rel=0.1)                            # 48 bytes a token and channel
     xar = training.config("xar-imagenet256-h")
     block = memory.xar_activations(xar, 3) - memory.xar_activations(xar, 2)
     assert block / 256 / 1280 == pytest.approx(66, rel=0.1)                 # of xAR 66
+    coco = training.config("coco256")
+    haste_train.check(coco, 1)
+    block = memory.haste_activations(coco, 3) - memory.haste_activations(coco, 2)
+    assert block / (256 + 77) / 768 == pytest.approx(48, rel=0.1)           # of MM-DiT 48, for image and text
 
     images, activations, state = memory.preset_parts("imagenet256-xl", accumulate=2)
     assert images == 16 and 28 * 3.3 / 16 < activations < 28 * 4.2 / 16 and 14 < state < 17
+    _, _, state = memory.preset_parts("coco256")
+    assert state == pytest.approx(22 * 0.5124 + 4 * (0.0866 + 0.12306), rel=0.01)          # 512 M; teacher, text tower
     assert memory.preset_memory("cifar10") < 0.9 * 24                       # GB of the smallest card
 
 
@@ -207,7 +214,8 @@ def test_benchmarks_of_packed_data_run(command, found, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--preset", "digits", "--teacher", "vits14", "--profile"],
-                                   ["--model", "xAR-Ti", "--accumulate", "2"]], ids=["haste", "xar"])
+                                   ["--preset", "scenes", "--teacher", "vits14"],
+                                   ["--model", "xAR-Ti", "--accumulate", "2"]], ids=["haste", "captions", "xar"])
 def test_benchmark_of_training_runs(flags):
     text = tool("tools.bench", "train", "--device", "cpu", "--repeats", "1", *flags)
     assert "of the time" in text and "straightforward" in text
@@ -228,7 +236,7 @@ def test_every_preset_fits_the_cards_that_the_readme_names(capsys):
     text = capsys.readouterr().out
     assert all(line in (ROOT / "docs" / "speed.md").read_text() for line in text.splitlines())
     rows = re.findall(r"^\| `([\w-]+)` \| (\d) .*\| ([\d.]+) \|$", text, re.M)
-    assert {name for name, _, _ in rows} == {name for name in training.presets() if "digits" not in name}
+    assert {name for name, _, _ in rows} == training.presets().keys() - set(memory.FOR_LAPTOPS)
     too_large = [(name, need) for name, gpus, need in rows if float(need) > 0.9 * {"8": 80, "1": 24}[gpus]]
     assert not too_large
     assert memory.preset_memory("xar-imagenet256-h", accumulate=1) > 0.9 * 80       # it would not without --accumulate

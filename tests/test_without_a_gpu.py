@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_XAR, same_weights
 from test_teacher import build
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import align
@@ -20,16 +20,20 @@ import evaluate
 import fid
 import haste
 import haste_train
+import mmdit
+import models
 import prepare
 import run
 import sit
 import teacher
+import text
 import vae
 import xar
 import xar_train
 
 CUDA = torch.device("cuda", 0)
 B, N = 2, 16                                                                # images, tokens of `student`
+L, WIDTH = 6, 8                                                             # captions
 IMAGE, HALF, FLOAT = (B, 1, 8, 8), torch.bfloat16, torch.float32
 
 
@@ -49,6 +53,11 @@ def plain_apply(module, change, recurse=True):
     for name, w in module._buffers.items():
         module._buffers[name] = change(w)
     return module
+
+
+def plain_deepcopy(tensor, memo):
+    """FakeTensor.__deepcopy__ without the storage, which has no bytes: the original spoils the heap."""
+    return torch.nn.Parameter(tensor.clone(), tensor.requires_grad)
 
 
 def can_pretend():
@@ -89,6 +98,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.nn.Module, "_apply", plain_apply)
+    monkeypatch.setattr(FakeTensor, "__deepcopy__", plain_deepcopy)
     yield pretended
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
@@ -109,6 +119,18 @@ def small_dit():
     return sit.SiT(8, 2, 1, 32, 3, 2, 10, learn_sigma=True, keep_sigma=True, z_dim=16, projector_dim=8, encoder_depth=2)
 
 
+def small_mmdit(**kwargs):
+    return mmdit.MMDiT(8, 2, 1, 32, 3, 2, WIDTH, z_dim=16, projector_dim=8, encoder_depth=2, **kwargs)
+
+
+def small_clip():
+    return text.ClipText(20, L, WIDTH, 2, 2)
+
+
+def word_codes():
+    return text.WordCodes(19, L, WIDTH)
+
+
 def small_dinov2():
     return teacher.DINOv2(56, embed_dim=16, depth=2, num_heads=4)
 
@@ -123,6 +145,20 @@ def randn(*shape, device=None):
 
 def classes(device=None):
     return torch.zeros(B, dtype=torch.long, device=device or CUDA)
+
+
+def ids():
+    return torch.zeros(B, L, dtype=torch.long, device=CUDA)
+
+
+def features(device=None):
+    return randn(B, L, WIDTH, device=device)
+
+
+def condition_of(encoder=None):
+    """What tells a model of classes, or of captions."""
+    null = torch.tensor(10, device=CUDA) if encoder is None else ids()[0]
+    return models.Condition(null, encoder)
 
 
 def times(device=None):
@@ -141,11 +177,11 @@ def flat(found):
     return [tensor for value in values for tensor in flat(value)]
 
 
-def step_losses(net, device=None, targets=True, contrast=False, **settings):
+def step_losses(net, device=None, targets=True, contrast=False, y=classes, **settings):
     """haste_train.losses with a teacher of other heads and other widths, (B, 4, N, 4) against (B, 2, N, 16)."""
     taps = [(randn(B, 4, N, 4, device=device), randn(B, 4, N, 4, device=device)) for _ in range(2)]
     x, eps = randn(*IMAGE, device=device), randn(*IMAGE, device=device)
-    batch = x, classes(device), times(device), eps
+    batch = x, y(device), times(device), eps
     aim = (randn(B, N, 16, device=device), taps) if targets else None
     negatives = (eps, classes(device)) if contrast else None
     return haste_train.losses(net, *batch, aim, [(0, 0), (2, 1)], haste_train.Config(**settings), True, negatives)
@@ -170,7 +206,7 @@ def taught(net):
     return haste_train.teacher_targets(net, pixels(1), [(0, 1)], run.autocast("auto", CUDA))
 
 
-# name: (make the network on the CPU, --precision, what happens on CUDA, shapes that come out, their dtype)
+# name: (make the network on the CPU, --precision, what happens on CUDA, shapes that come out, their dtype or dtypes)
 FORWARDS = {
     "velocity": (student, "auto", lambda net: net(randn(*IMAGE), times(), classes()), [IMAGE], FLOAT),
     "taps": (student, "auto", lambda net: net(randn(*IMAGE), times(), classes(), [2])[1:],
@@ -181,6 +217,18 @@ FORWARDS = {
         net, randn(*IMAGE), classes(), path=path, label_drop=0.5), [()], FLOAT) for path in ("linear", "cosine")},
     "aligned step": (student, "auto", step_losses, [()] * 4, FLOAT),
     "free step": (student, "auto", lambda net: step_losses(net, targets=False), [()] * 2, FLOAT),
+    **{f"MM-DiT {name}": (lambda kwargs=kwargs: small_mmdit(**kwargs), "auto",
+                          lambda net: net(randn(*IMAGE), times(), features(), [2]),
+                          [IMAGE, (B, N, 16), (B, 2, N, 16), (B, 2, N, 16)], dtypes)
+       for name, kwargs, dtypes in (("plain", {}, [FLOAT, HALF, HALF, HALF]),
+                                    ("normed", dict(qk_norm=True, zero_init=True), [FLOAT, HALF, FLOAT, FLOAT]))},
+    "MM-DiT's step": (small_mmdit, "auto", lambda net: step_losses(net, y=features), [()] * 4, FLOAT),
+    "sample captions": (small_mmdit, "auto", lambda net: sit.sample_ode(
+        net, randn(*IMAGE), features(), 2, 2.0, null_label=randn(L, WIDTH)), [IMAGE], FLOAT),
+    **{f"captions of {make.__name__}": (make, "auto", lambda net: condition_of(net)(ids(), classes().bool()),
+                                        [(B, L, WIDTH)], FLOAT) for make in (small_clip, word_codes)},
+    "packed captions": (word_codes, "auto", lambda net: models.Condition(features()[0].half())(
+        features().half(), classes().bool()), [(B, L, WIDTH)], FLOAT),
     "DiT's step": (small_dit, "auto", lambda net: step_losses(net, objective="ddpm"), [()] * 5, FLOAT),
     "step of the later methods": (
         irepa_student, "auto", lambda net: step_losses(net, contrast=True, contrastive=0.05, spatial_norm=0.6),
@@ -235,7 +283,7 @@ def slow_unless(names, table):
 
 
 @pytest.mark.parametrize("name", slow_unless(
-    ["velocity", "taps", "original SiT", "DiT's step", "sample ddpm None", "sample contrastive", "class token", "sample heun", "sample sde cosine",
+    ["velocity", "taps", "MM-DiT normed", "captions of small_clip", "original SiT", "DiT's step", "sample ddpm None", "sample contrastive", "class token", "sample heun", "sample sde cosine",
      "xAR loss cell:8 increasing", "xAR loss scale clean", "xAR sample cell:2 2.0", "growth", "encoder", "decoder",
      "inception tf1"], FORWARDS))
 def test_what_a_network_returns_is_on_the_device(name, fake, monkeypatch):
@@ -244,7 +292,17 @@ def test_what_a_network_returns_is_on_the_device(name, fake, monkeypatch):
     net = make()
     with fake(), run.autocast(precision, CUDA):                             # auto is bf16 on CUDA
         found = flat(forward(net.to(CUDA)))
-    assert [(tuple(x.shape), x.dtype, x.device) for x in found] == [(shape, dtype, CUDA) for shape in shapes]
+    dtypes = dtype if isinstance(dtype, list) else [dtype] * len(shapes)
+    assert [(tuple(x.shape), x.dtype, x.device) for x in found] == [(*both, CUDA) for both in zip(shapes, dtypes)]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, precision, *_) in FORWARDS.items() if precision == "auto"])
+def test_dtypes_meet_under_autocast(name, monkeypatch):
+    """On the CPU in earnest: fake matrix products take any two dtypes."""
+    make, _, forward, _, _ = FORWARDS[name]
+    monkeypatch.setitem(globals(), "CUDA", torch.device("cpu"))
+    with run.autocast("bf16", CUDA), torch.no_grad():
+        forward(make())
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -332,20 +390,20 @@ def pretend(fake, monkeypatch, tmp_path, small_teacher):
     return call
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")            # deepcopy does, of fake tensors
-@pytest.mark.parametrize("program,packed", [(haste_train, True), (xar_train, False),
-                                            pytest.param(haste_train, False, marks=pytest.mark.slow),
-                                            pytest.param(xar_train, True, marks=pytest.mark.slow)])
-def test_training_neither_mixes_devices_nor_waits(program, packed, pretend, packed_folder, capsys, monkeypatch):
+@pytest.mark.parametrize("program,source", [(haste_train, "packed"), (haste_train, "scenes"), (xar_train, "digits"),
+                                            pytest.param(haste_train, "digits", marks=pytest.mark.slow),
+                                            pytest.param(xar_train, "packed", marks=pytest.mark.slow)])
+def test_training_neither_mixes_devices_nor_waits(program, source, pretend, packed_folder, capsys, monkeypatch):
     """As the presets for GPUs have it, compiled; of HASTE across the end of the alignment: step 4 has no teacher."""
     emptied, compiled = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     monkeypatch.setattr(run, "compile_blocks", lambda blocks: compiled.append(len(blocks)))
     monkeypatch.setitem(program.PRESETS, "digits", dict(compile=None))
-    if packed:
+    if source == "packed":
         steps = pretend(program, "--mirror", "--accumulate", "2", source=packed_folder)
     else:
-        steps = pretend(program)
+        model = ["--model", "MMDiT-Ti/4"] if source == "scenes" else []
+        steps = pretend(program, *model, source=source)
     printed = capsys.readouterr().out
     assert steps == 4 and "1 process(es) on cuda, bf16" in printed
     if program is haste_train:
@@ -421,18 +479,22 @@ def test_evaluation_draws_on_the_device(fake, monkeypatch):
     processes = SimpleNamespace(main=False, device=CUDA)
     few = dict(eval_steps=2, eval_cfg=2.0)
     contrast = 0.05, torch.zeros(1, 8, 8)
-    for evaluation, net, own, cfg in (
-            (evaluate.evaluate_sit, student(), [None], haste_train.Config(**few)),
-            (evaluate.evaluate_sit, student(), [contrast], haste_train.Config(**few)),
-            (evaluate.evaluate_sit, small_dit(), [None], haste_train.Config(objective="ddpm", **few)),
-            (xar_train.evaluate_ema, small_xar(), [], xar_train.Config(**few))):
+    labels, captions = evaluate.Prompts(torch.arange(B)), evaluate.Prompts(torch.zeros(B, L, dtype=torch.long))
+    for evaluation, net, encoder, own, cfg in (
+            (evaluate.evaluate_sit, student(), None, [labels, None], haste_train.Config(**few)),
+            (evaluate.evaluate_sit, student(), None, [labels, contrast], haste_train.Config(**few)),
+            (evaluate.evaluate_sit, small_dit(), None, [labels, None], haste_train.Config(objective="ddpm", **few)),
+            (evaluate.evaluate_sit, small_mmdit(), small_clip(), [captions, None], haste_train.Config(**few)),
+            (xar_train.evaluate_ema, small_xar(), None, [], xar_train.Config(**few))):
         with fake():
+            if own:
+                own = [condition_of(encoder and encoder.to(CUDA)), *own]
             evaluation(net.to(CUDA), *own, lambda x: x, None, cfg, processes, run.autocast("auto", CUDA))
-    assert [(x.device, x.dtype, tuple(x.shape)) for x in drawn] == [(CUDA, torch.uint8, IMAGE)] * 4
+    assert [(x.device, x.dtype, tuple(x.shape)) for x in drawn] == [(CUDA, torch.uint8, IMAGE)] * 5
 
 
-@pytest.mark.parametrize("packed", [None, {"scale": 0.18}])
-def test_held_batch_lies_on_the_device(packed, fake, monkeypatch):
+@pytest.mark.parametrize("packed,captioned", [(None, False), ({"scale": 0.18}, False), (None, True)])
+def test_held_batch_lies_on_the_device(packed, captioned, fake, monkeypatch):
     """The angle of --stop auto: its teacher, losses and random numbers."""
     seen = []
     monkeypatch.setattr(haste_train, "gradient_cosine", lambda losses_at, parameters: seen.append(losses_at(0.5)))
@@ -442,12 +504,15 @@ def test_held_batch_lies_on_the_device(packed, fake, monkeypatch):
         __len__ = lambda self: 64
         read = lambda self, rows: batch
         moments = lambda self, rows: torch.zeros(64, 2, 2, 8, 8, dtype=torch.half)
-    net, vit = student(), small_dinov2().resize_pos_embed(4)
+        captions = lambda self, rows, u: torch.zeros(64, L, dtype=torch.long)
+    net, encoder = (small_mmdit(), small_clip()) if captioned else (student(), None)
+    vit = small_dinov2().resize_pos_embed(4)
     processes = SimpleNamespace(device=CUDA, mean=lambda found: SimpleNamespace(item=lambda: found))
-    images = SimpleNamespace(train=Set(), shape=IMAGE[1:], packed=packed)
+    images = SimpleNamespace(train=Set(), shape=IMAGE[1:], packed=packed, text={} if captioned else None)
     with fake():
-        haste_train.held_cosine(net.to(CUDA), vit.to(CUDA), images, [(0, 1)], haste_train.Config(), processes,
-                                run.autocast("auto", CUDA))
+        condition = condition_of(encoder and encoder.to(CUDA))
+        haste_train.held_cosine(net.to(CUDA), vit.to(CUDA), images, condition, [(0, 1)], haste_train.Config(),
+                                processes, run.autocast("auto", CUDA))
     assert [(x.device, x.dtype) for x in seen[0]] == [(CUDA, FLOAT)] * 2
 
 
@@ -486,6 +551,7 @@ def meta(make):
 BACKWARDS = {
     "SiT": (student, lambda net: sit.flow_loss(net, randn(*IMAGE, device="meta"), classes("meta"), label_drop=0.5)),
     "HASTE": (student, lambda net: step_losses(net, "meta")[0]),
+    "MM-DiT": (small_mmdit, lambda net: step_losses(net, "meta", y=features)[0]),
     "DiT": (small_dit, lambda net: step_losses(net, "meta", objective="ddpm")[0]),
     "later methods": (irepa_student, lambda net: step_losses(net, "meta", contrast=True, contrastive=0.05,
                                                              spatial_norm=0.6)[0]),
@@ -497,7 +563,7 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_unless(["SiT", "HASTE", "DiT", "xAR cell:8 random", "xAR scale clean"], BACKWARDS))
+@pytest.mark.parametrize("name", slow_unless(["SiT", "HASTE", "MM-DiT", "DiT", "xAR cell:8 random", "xAR scale clean"], BACKWARDS))
 def test_every_parameter_gets_a_gradient_of_its_shape(name):
     make, loss = BACKWARDS[name]
     net = meta(make)
@@ -610,7 +676,7 @@ def test_state_of_the_samplers_is_float32_on_apples_gpus():
         assert found == [FLOAT, torch.float64, torch.float64]
 
 
-@pytest.mark.parametrize("name", ["velocity", "aligned step", "flow loss cosine", "sample heun", "sample sde cosine",
+@pytest.mark.parametrize("name", ["velocity", "MM-DiT's step", "aligned step", "flow loss cosine", "sample heun", "sample sde cosine",
                                   "xAR loss scale clean", "xAR sample cell:2 2.0", "class token", "decoder"])
 def test_nothing_else_is_float64(name, monkeypatch):
     make, _, forward, _, _ = FORWARDS[name]

@@ -1,7 +1,8 @@
 """Compare speed and memory with straightforward versions of the same, on this machine, in one run.
 
     python -m tools.bench train       HASTE's training step, before and after its end, against the
-                                      straightforward one and a plain SiT; --model xAR-B: xAR's
+                                      straightforward one and a plain model; --model xAR-B: xAR's,
+                                      --preset coco256: MM-DiT's
     python -m tools.bench growth      the attention alignment alone, from 256 to 4,096 tokens
     python -m tools.bench memory      what each preset needs on a GPU, counted without one
     python -m tools.bench sample      xAR's cached sampling, against straightforward ones and SiT;

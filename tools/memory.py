@@ -12,9 +12,10 @@ import ddp
 import dit
 import haste
 import haste_train
+import models
 import run
-import sit
 import teacher as teachers
+import text
 import xar
 import xar_train
 from tools import measure, straightforward, training
@@ -22,6 +23,7 @@ from tools import measure, straightforward, training
 PROCESSES = 8
 PROGRAM = "python -m tools.bench"
 STATE_BYTES = 22                                                            # of a parameter: see `preset_memory`
+FOR_LAPTOPS = ("digits", "scenes", f"{training.XAR}digits")                 # presets that need no GPU
 
 
 # ---- what a forward keeps for its backward
@@ -60,42 +62,35 @@ def without_numbers(function):
 
 
 def bytes_an_image(model, loss, shape):
-    """Return what one image adds to what `loss(x, y)` keeps: what all images share drops out."""
+    """Return what one image adds to what `loss(x)` keeps: what all images share drops out."""
     def count(B):
-        y = torch.zeros(B, dtype=torch.long)
-        return saved_bytes(lambda: loss(torch.zeros(B, *shape), y), model)
+        return saved_bytes(lambda: loss(torch.zeros(B, *shape)), model)
     return count(2) - count(1)
 
 
-def sigma_arguments(cfg):
-    """Return the arguments of sit.SiT that the objective requires: a DiT has a second output."""
-    ddpm = cfg.objective == "ddpm"
-    return dict(learn_sigma=ddpm, keep_sigma=ddpm)
-
-
 @without_numbers
-def sit_activations(cfg, depth, guided=False, pairs=0):
-    """Return the bytes that one image keeps in a SiT of `depth` blocks, and in its loss.
+def haste_activations(cfg, depth, guided=False, pairs=0):
+    """Return the bytes that one image keeps in a model of `depth` blocks, and in its loss.
 
     With `guided` there are the projector and feature alignment, and `pairs` aligned layer pairs.
     """
-    channels, side, _ = training.geometry(cfg)
+    sizes = training.geometry(cfg)
+    arch = dict(training.arch_of(cfg, *sizes), depth=depth)
     D, H = teacher_sizes(cfg)
-    projector = {}
     if guided:
-        projector = dict(z_dim=D, projector_dim=cfg.projector_dim, encoder_depth=1)
-    model = sit.SiT(side, sit.SIT_CONFIGS[cfg.model]["patch_size"], channels, cfg.hidden_size,
-                    depth, cfg.num_heads, 1, qk_norm=cfg.qk_norm, **sigma_arguments(cfg),
-                    **projector)
+        arch.update(z_dim=D, encoder_depth=1)
+    model = models.create(arch)
     N = model.grid ** 2
 
-    def loss(x, y):
+    def loss(x):
         B = len(x)
+        y = training.condition(cfg, B)
         targets = None
         if guided:
             taps = torch.zeros(pairs, 2, B, H, N, D // H, dtype=torch.bfloat16)
             targets = torch.zeros(B, N, D), [(q.clone(), k.clone()) for q, k in taps]
         return haste_train.losses(model, x, y, torch.zeros(B), x, targets, [(0, 0)] * pairs, cfg)
+    channels, side, _ = sizes
     return bytes_an_image(model, loss, (channels, side, side))
 
 
@@ -107,7 +102,8 @@ def xar_activations(cfg, depth):
     # no dropout of attention: on a GPU it is fused, but on a CPU it writes the map down
     model = xar.XAR(side, channels, num_classes=1, entity=cfg.entity, dropout=cfg.dropout, **sizes)
 
-    def loss(x, y):
+    def loss(x):
+        y = torch.zeros(len(x), dtype=torch.long)
         return model.loss(x, y, context=cfg.context)
     return bytes_an_image(model, loss, (channels, side, side))
 
@@ -122,34 +118,37 @@ def teacher_sizes(cfg):
     return config["embed_dim"], config["num_heads"]
 
 
-def sit_memory(cfg):
-    """Return a SiT preset's bytes of activations an image, its parameters, and its teacher's."""
+def haste_memory(cfg):
+    """Return a preset's bytes of activations an image, its parameters, and the frozen ones.
+
+    Frozen are its teacher's and, if there are captions, those of CLIP's text tower.
+    """
     haste_train.check(cfg, 1)
-    channels, side, _ = training.geometry(cfg)
-    one = sit_activations(cfg, 1)
-    activations = one + (cfg.depth - 1) * (sit_activations(cfg, 2) - one)
-    z_dim = None
-    teacher = 0
+    arch = training.arch_of(cfg, *training.geometry(cfg))
+    one = haste_activations(cfg, 1)
+    activations = one + (cfg.depth - 1) * (haste_activations(cfg, 2) - one)
     if cfg.align != "none":
-        _, pairs = align.choose_layers(cfg)
+        feature_depth, pairs = align.choose_layers(cfg)
         z_dim, _ = teacher_sizes(cfg)
-        features = sit_activations(cfg, 1, guided=True)
+        arch.update(z_dim=z_dim, encoder_depth=feature_depth)
+        features = haste_activations(cfg, 1, guided=True)
         activations += features - one
         if pairs:
-            activations += len(pairs) * (sit_activations(cfg, 1, True, 1) - features)
+            activations += len(pairs) * (haste_activations(cfg, 1, True, 1) - features)
+    frozen = 0
     with torch.device("meta"):
-        model = sit.SiT(side, sit.SIT_CONFIGS[cfg.model]["patch_size"], channels, cfg.hidden_size,
-                        cfg.depth, cfg.num_heads, training.CLASSES, z_dim=z_dim,
-                        projector_dim=cfg.projector_dim, **sigma_arguments(cfg))
+        model = models.create(arch)
         if cfg.align != "none" and cfg.teacher != "small":
             config, _ = teachers.TEACHERS[cfg.teacher]
             family = cfg.teacher.split("_")[0]
-            teacher = count_parameters(teachers.ViT(**config, family=family))
-    return activations, count_parameters(model), teacher
+            frozen += count_parameters(teachers.ViT(**config, family=family))
+        if training.text_of(cfg) is training.CLIP:
+            frozen += count_parameters(text.ClipText(**training.CLIP))
+    return activations, count_parameters(model), frozen
 
 
 def xar_memory(cfg):
-    """Return an xAR preset's bytes of activations an image, and its parameters; no teacher."""
+    """Return an xAR preset's bytes of activations an image, and its parameters; none is frozen."""
     channels, side, _ = training.geometry(cfg)
     sizes = xar_train.check(cfg, 1)
     two = xar_activations(cfg, 2)
@@ -170,10 +169,10 @@ def preset_parts(name, **changes):
     `changes` are fields of the preset to replace, for instance accumulate=2.
     """
     cfg = training.config(name, **changes)
-    count = xar_memory if name.startswith(training.XAR) else sit_memory
-    activations, parameters, teacher = count(cfg)
+    count = xar_memory if name.startswith(training.XAR) else haste_memory
+    activations, parameters, frozen = count(cfg)
     images = cfg.batch_size // gpus(cfg) // cfg.accumulate
-    return images, images * activations / 1e9, (STATE_BYTES * parameters + 4 * teacher) / 1e9
+    return images, images * activations / 1e9, (STATE_BYTES * parameters + 4 * frozen) / 1e9
 
 
 def gpus(cfg):
@@ -185,8 +184,8 @@ def preset_memory(name, **changes):
     """Return the gigabytes that a preset needs on each GPU: xar_train.py's are named xar-...
 
     Activations of the images at once, and 22 bytes a parameter: weights, gradients, average and two
-    moments in float32, and the bfloat16 copies that autocast makes. Then the teacher's weights.
-    Temporary tensors of a step come on top: leave a tenth of a card free.
+    moments in float32, and the bfloat16 copies that autocast makes. Then the weights of teacher and
+    text tower. Temporary tensors of a step come on top: leave a tenth of a card free.
     """
     _, activations, state = preset_parts(name, **changes)
     return activations + state
@@ -200,7 +199,7 @@ def bench_memory(argv):
     print("| preset | GPUs | accumulate | images at once | activations, GB | weights and state, GB "
           "| sum, GB |\n|---|---|---|---|---|---|---|")
     for name in training.presets():
-        if name in ("digits", f"{training.XAR}digits"):
+        if name in FOR_LAPTOPS:
             continue
         cfg = training.config(name)
         images, activations, state = preset_parts(name)

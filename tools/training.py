@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 
 import align
+import data
 import ddp
 import haste_train
+import mmdit
+import models
 import run
-import sit
+import scenes
 import teacher as teachers
 import xar
 import xar_train
@@ -24,8 +27,11 @@ from tools import measure, straightforward
 PROGRAM = "python -m tools.bench train"
 CLASSES = 1000                                                              # of ImageNet
 XAR = "xar-"                                                                # first letters of xar_train.py's presets
-PIXELS = {"digits": (1, 8), "cifar10": (3, 32)}                             # channels and side, no autoencoder
+# channels and side of images that need no autoencoder
+PIXELS = {"digits": (1, 8), "scenes": (1, scenes.CANVAS), "cifar10": (3, 32)}
 LATENTS = {4: 8, 16: 16}                                                    # an autoencoder's channels: its factor
+# the text tower of ViT-L/14
+CLIP = dict(vocabulary=49_408, length=77, width=768, depth=12, num_heads=12)
 
 
 def presets():
@@ -48,6 +54,28 @@ def geometry(cfg):
         channels, side = PIXELS[cfg.data]
         return channels, side, side
     return cfg.latent_channels, cfg.image_size // LATENTS[cfg.latent_channels], cfg.image_size
+
+
+def text_of(cfg):
+    """Return length and width of the captions that a model reads, in a dict; None for a SiT."""
+    if cfg.model not in mmdit.MMDIT_CONFIGS:
+        return None
+    return scenes.TEXT if cfg.data == "scenes" else CLIP
+
+
+def arch_of(cfg, channels, side, pixels):
+    """Return the arguments of a model of haste_train.py, for data of these sizes."""
+    packed = dict(channels=channels, latent_size=side)
+    images = data.Data(None, None, pixels, channels, range(CLASSES), packed, text_of(cfg))
+    return models.arch_of(cfg, images)
+
+
+def condition(cfg, B, device=None):
+    """Return what a model is told of B images: class ids [B], or the features of captions."""
+    text = text_of(cfg)
+    if text is not None:
+        return torch.randn(B, text["length"], text["width"], device=device)
+    return torch.arange(B, device=device) % CLASSES
 
 
 # ---- a step
@@ -127,19 +155,19 @@ def in_mid_training(model):
 # ---- HASTE, ours and straightforward, and what is left of both after the alignment
 
 def haste_states(cfg, arch, device):
-    """Return four States: guided, after its end, of a SiT that never had a teacher; theirs.
+    """Return four States: guided, after its end, of a model that never had a teacher; theirs.
 
     They share weights, average and moments: then all contenders fit into one GPU.
     """
     torch.manual_seed(0)
-    model = in_mid_training(sit.SiT(**arch)).to(device)
+    model = in_mid_training(models.create(arch)).to(device)
     guided = State(model, *haste_train.training_state(cfg, model, None)[:2])
 
     def sharing(arch):
         twins = []
         for net in (guided.model, guided.ema):
             with torch.device("meta"):
-                twin = sit.SiT(**arch)
+                twin = models.create(arch)
             weights = net.state_dict(keep_vars=True)
             kept = {name: weights[name] for name in twin.state_dict()}
             twin.load_state_dict(kept, assign=True)                         # the very same parameters
@@ -157,18 +185,18 @@ def haste_states(cfg, arch, device):
 
 
 def haste_steps(args, cfg, teacher, device, autocast):
-    """Return {name: Step} of HASTE before and after its end, and of a plain SiT."""
+    """Return {name: Step} of HASTE before and after its end, and of a plain model.
+
+    Captions are encoded already, as prepare.py can do it.
+    """
     feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
-    arch = dict(input_size=args.size, patch_size=sit.SIT_CONFIGS[cfg.model]["patch_size"],
-                in_channels=args.channels, hidden_size=cfg.hidden_size, depth=cfg.depth,
-                num_heads=cfg.num_heads, num_classes=CLASSES, qk_norm=cfg.qk_norm,
-                z_dim=teacher.embed_dim, encoder_depth=feature_depth,
-                projector_dim=cfg.projector_dim)
+    arch = arch_of(cfg, args.channels, args.size, args.pixels)
+    arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
     guided, free, plain, theirs = haste_states(cfg, arch, device)
     B = args.batch_size
     x, eps = torch.randn(2, B, args.channels, args.size, args.size, device=device)
     t = torch.rand(B, device=device)
-    y = torch.arange(B, device=device) % CLASSES
+    y = condition(cfg, B, device)
     pixels = torch.randint(0, 256, (B, 3, args.pixels, args.pixels), dtype=torch.uint8,
                            device=device)
 
@@ -194,7 +222,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
     steps = {"HASTE, ours": ours(guided), "HASTE, straightforward": straightforwardly(True),
              "after its end, ours": ours(free),
              "after its end, straightforward": straightforwardly(False),
-             "plain SiT": ours(plain)}
+             f"plain {cfg.model.split('-')[0]}": ours(plain)}
     steps["HASTE, ours"].teacher = teacher
     return steps
 
@@ -261,7 +289,7 @@ def flags(argv):
     add = parser.add_argument
     add("--preset", choices=names,
         help=f"of haste_train.py, or after {XAR} of xar_train.py: model, sizes, weights of losses")
-    add("--model", choices=[*sit.SIT_CONFIGS, *xar.XAR_CONFIGS],
+    add("--model", choices=[*models.CONFIGS, *xar.XAR_CONFIGS],
         help="size, if not the preset's; SiT-B/2 without one")
     add("--size", type=int, help="side of the latent, if not the preset's")
     add("--channels", type=int, help="channels of the latent, if not the preset's")
@@ -281,8 +309,13 @@ def flags(argv):
 
 
 def usual_preset(model):
-    """Return the preset of a model of this size on ImageNet, or of B if there is none."""
+    """Return the preset of a model of this size on ImageNet, or of B if there is none.
+
+    That of an MM-DiT is COCO's.
+    """
     family, size = model.split("/")[0].lower().split("-")
+    if family == "mmdit":
+        return "coco256"
     prefix = XAR if family == "xar" else ""
     name = f"{prefix}imagenet256-{size}"
     return name if name in presets() else f"{prefix}imagenet256-b"
@@ -313,7 +346,7 @@ def settle(args):
     run.require(args, args.channels >= 1, "channels", "must be 1 or more")
     if not is_xar:
         haste_train.check(cfg, 1)
-        patch = sit.SIT_CONFIGS[cfg.model]["patch_size"]
+        patch = models.CONFIGS[cfg.model]["patch_size"]
         run.require(args, args.size % patch == 0, "size", f"must be a multiple of patch {patch}")
     return cfg
 
@@ -324,7 +357,7 @@ def make_steps(args, cfg, device, autocast):
         return xar_steps(args, cfg, device, autocast)
     torch.manual_seed(1)
     teacher = teachers.DINOv2(**teachers.DINOV2_CONFIGS[args.teacher])
-    grid = args.size // sit.SIT_CONFIGS[cfg.model]["patch_size"]
+    grid = args.size // models.CONFIGS[cfg.model]["patch_size"]
     teacher = teacher.resize_pos_embed(grid).requires_grad_(False).eval().to(device)
     return haste_steps(args, cfg, teacher, device, autocast)
 
@@ -357,6 +390,7 @@ def print_table(B, seconds, flops, peaks, rate, against):
 
 
 RATIOS = [("HASTE, ours", "HASTE, straightforward"), ("after its end, ours", "plain SiT"),
+          ("after its end, ours", "plain MMDiT"),
           ("after its end, ours", "after its end, straightforward"),
           ("xAR, ours", "xAR, straightforward")]
 
@@ -396,7 +430,7 @@ def as_in_training(steps, args, device):
 
 
 def count_tokens(model):
-    return model.grid ** 2 if isinstance(model, sit.SiT) else sum(model.sizes)
+    return sum(model.sizes) if isinstance(model, xar.XAR) else model.grid ** 2
 
 
 def bench_train(argv):
@@ -419,7 +453,7 @@ def bench_train(argv):
           f"{run.precision(args.precision, device)}{', ours compiled' * args.compile}; median of "
           f"{args.repeats}. Memory: the step's own, above weights, average and moments\n")
     flops = count_operations(steps)
-    against = list(steps)[-1]                                               # plain SiT, or the straightforward xAR
+    against = list(steps)[-1]                                               # the plain model, or their xAR
     rate = measure.matrix_rate(device, autocast)
     shown = [name for name in steps if args.profile and name.endswith("ours")]
     expected = {name: expect(steps[name], rate, device) for name in shown}
