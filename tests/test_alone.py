@@ -44,6 +44,15 @@ dit.ddpm_loss(model, x, y).backward()
 settings = dict(cfg_scale=1.5, null_label=10, guided_channels=3)
 assert dit.sample_ddpm(model, x.detach(), y, num_steps=3, **settings).shape == x.shape
 """,
+    "mmdit.py": """
+import torch, mmdit
+model = mmdit.MMDiT(8, 2, 4, 32, 2, 2, context_dim=12, z_dim=6, projector_dim=8, encoder_depth=1)
+x, t, context = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 3, 12)
+v, z, taps = model(x, t, context, tap_layers=(1,))
+assert v.shape == x.shape and z.shape == (2, 16, 6) and taps[0][0].shape == (2, 2, 16, 16)
+torch.save(model.state_dict(), "w.pt")
+assert torch.equal(mmdit.load_mmdit("w.pt")(x, t, context), v)
+""",
     "xar.py": """
 import torch, xar
 model = xar.XAR(8, 1, 32, 1, 1, 2, 10, "cell:4")

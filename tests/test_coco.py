@@ -61,15 +61,14 @@ def call(tmp_path):
 
 def training(world, packed, out, *flags):
     return ["haste_train.py", "--preset", "coco256", "--data", packed, "--image-size", "32", "--teacher", "small",
-            "--teacher-weights", world / "teacher.pt", "--vae", world / "vae.pt", "--text", world / "clip.pt",
-            "--out", out, *FEW, *flags]
+            "--teacher-weights", world / "teacher.pt", "--vae", world / "vae.pt", "--out", out, *FEW, *flags]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("features", [False, True])
 def test_the_whole_chain_on_photographs(world, tmp_path, call, features):
     packed, out = tmp_path / "packed", tmp_path / "run"
-    kind = ["--text-features"] if features else []
+    kind, tower = (["--text-features"], []) if features else ([], ["--text", str(world / "clip.pt")])
     finish(call("prepare.py", world / "photos", packed, "--captions", world / "captions.json", "--crop",
                 "square-lanczos", "--size", "32", "--vae", world / "vae.pt", "--text", world / "clip.pt", "--merges",
                 world / "merges.txt", "--device", "cpu", *kind))
@@ -77,12 +76,12 @@ def test_the_whole_chain_on_photographs(world, tmp_path, call, features):
     assert len(images.train) == 12 and images.text["features"] is features and images.classes == []
 
     # two steps, killed, resumed over the end of the alignment: the same as straight
-    finish(call(*training(world, packed, out, "--steps", "2")))
-    killed = call(*training(world, packed, out, "--steps", "100000", "--save-every", "1000000"))
+    finish(call(*training(world, packed, out, "--steps", "2", *tower)))
+    killed = call(*training(world, packed, out, "--steps", "100000", "--save-every", "1000000", *tower))
     wait_for_step(killed, out, 4)
     kill_all(killed)
-    finish(call(*training(world, packed, out, "--steps", "5")))
-    finish(call(*training(world, packed, tmp_path / "straight", "--steps", "5")))
+    finish(call(*training(world, packed, out, "--steps", "5", *tower)))
+    finish(call(*training(world, packed, tmp_path / "straight", "--steps", "5", *tower)))
     resumed, straight = checkpoint(out), checkpoint(tmp_path / "straight")
     assert resumed["steps"] == 5 and same_weights(resumed["ema"], straight["ema"])
     rows = rows_of(out)
@@ -90,11 +89,11 @@ def test_the_whole_chain_on_photographs(world, tmp_path, call, features):
 
     # samples for the captions of the set itself, and for one's own words
     common = ["--ckpt", str(out / "ckpt.pt"), "--steps", "3", "--cfg", "2", "--vae", str(world / "vae.pt"),
-              "--text", str(world / "clip.pt"), "--device", "cpu"]
-    finish(call("sample.py", *common, "--captions", packed, "--samples", "12", "--out", tmp_path / "samples.npz"))
+              "--device", "cpu"]
+    finish(call("sample.py", *common, *tower, "--captions", packed, "--samples", "12", "--out", tmp_path / "samples.npz"))
     with np.load(tmp_path / "samples.npz") as f:
         assert f["arr_0"].shape == (12, 32, 32, 3) and f["arr_1"].tolist() == list(range(12))
-    program.main([*common, "--merges", str(world / "merges.txt"), "--out", str(tmp_path / "own.png"), "--samples", "6",
+    program.main([*common, "--text", str(world / "clip.pt"), "--merges", str(world / "merges.txt"), "--out", str(tmp_path / "own.png"), "--samples", "6",
                   "a dog on a cat", "a mat"])
     assert Image.open(tmp_path / "own.png").height == 2 * (64 + evaluate.CAPTION_HEIGHT)
 

@@ -7,7 +7,7 @@ import tokenize
 import pytest
 from conftest import ROOT
 
-GROUND = {"haste", "sit", "dit", "xar", "teacher", "vae", "text", "fid"}                 # each can be copied alone
+GROUND = {"haste", "sit", "dit", "mmdit", "xar", "teacher", "vae", "text", "fid"}                 # each can be copied alone
 BUDGET = {"haste_train": 34_000, "fid": 38_000}                             # bytes; whole programs
 USUAL_BUDGET = 28_000
 CODE_COLUMNS, COMMENT_COLUMNS = 100, 120

@@ -95,6 +95,13 @@ def test_sizes_that_do_not_fit(kwargs, message):
         tiny(**kwargs)
 
 
+def test_latents_of_other_sizes():
+    with pytest.raises(ValueError, match=r"latent \[9, 8\] must be a multiple of the patch size 2"):
+        tiny()(torch.randn(1, 4, 9, 8), torch.rand(1), torch.randn(1, 3, 12))
+    with pytest.raises(ValueError, match=r"tap_layers \[3\] must lie in 0 \.\.\. 2"):
+        tiny()(*inputs(), tap_layers=[3])
+
+
 def test_a_larger_table():
     assert tiny(input_size=34, table_grid=17)(torch.randn(1, 4, 34, 34), torch.rand(1), torch.randn(1, 3, 12)).isfinite().all()
     with pytest.raises(ValueError, match="position table"):
@@ -149,6 +156,49 @@ def test_text_matters_in_every_place_and_padding_is_seen():
         other[:, place] += 1
         assert (model(x, t, other) - v).abs().max() > 1e-4
     assert (model(x, t, torch.cat([context, context[:, -1:]], 1)) - v).abs().max() > 1e-4   # no mask
+
+
+def test_bfloat16_is_close_and_both_streams_add_up_in_float32():
+    model, seen = tiny(), []
+    for block in model.joint_blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append([tensor.dtype for tensor in args]))
+    with torch.no_grad():
+        expected = model(*inputs())
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(*inputs())
+    assert found.dtype == torch.float32 and 1e-5 < distance(found, expected) < 0.02
+    assert seen == [[torch.float32] * 3] * 3
+    half = tiny().bfloat16()                                                # without autocast, all of it
+    assert half(*(tensor.bfloat16() for tensor in inputs())).dtype == torch.bfloat16
+
+
+def test_blocks_hand_out_taps_only_if_asked():
+    model, handed = tiny(), []
+    for block in model.joint_blocks:
+        block.register_forward_hook(lambda module, args, found: handed.append(found[2] is not None))
+    model(*inputs(), tap_layers=(1,))
+    model(*inputs())
+    assert handed == [False, True, False] + [False] * 3
+
+
+@pytest.mark.slow
+def test_blocks_compile_to_two_graphs():
+    """The last block differs from the others; nothing recompiles when taps go."""
+    torch._dynamo.reset()
+    model, graphs = tiny(depth=4), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+    for block in model.blocks:
+        block.compile(backend=backend, fullgraph=True)
+    expected = tiny(depth=4)(*inputs())
+    assert distance(model(*inputs(), tap_layers=(1, 2))[0], expected) < 1e-6
+    first = len(graphs)
+    assert distance(model(*inputs()), expected) < 1e-6
+    torch._dynamo.reset()
+    assert first <= 3 and len(graphs) == first                              # with a tap, without, and the last
 
 
 # ---- training

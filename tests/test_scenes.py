@@ -61,7 +61,7 @@ def test_scenes_show_real_digits_where_the_caption_says(images):
     rows = torch.arange(200)
     pixels, meanings = images.train.read(rows)
     real = {bytes(image.numpy().tobytes()): int(label) for image, label in
-            zip(images.train.images, images.train.digit_labels)}
+            zip(*images.train.digits)}
     ids = images.train.captions(rows, torch.zeros(200))
     for canvas, words in zip(pixels, ids):
         rest = canvas.clone()
@@ -80,6 +80,8 @@ def test_scenes_depend_on_their_index_alone(images):
     assert torch.equal(again.read(rows)[0], images.train.read(rows)[0])
     assert torch.equal(again.read(rows[1:2])[0][0], images.train.read(rows)[0][1])
     assert images.fingerprint() == data.open_data("scenes").fingerprint()
+    few = scenes.SceneSet(*images.train.digits, 7, seed=3)
+    assert torch.equal(few.read(torch.arange(7))[0], scenes.SceneSet(*images.train.digits, 7, seed=3).scenes)
     # numpy's RandomState never changes: a scene of this index is the same everywhere
     assert [scenes.MEANINGS[m].captions[0] for m in images.train.labels[:3]] == FIRST
 
@@ -110,7 +112,7 @@ def test_both_captions_of_a_scene_are_equally_likely_and_depend_on_seed_and_step
 
 def test_judge_agrees_with_held_out_digits_and_not_with_other_captions(images):
     pixels, meanings = images.held.read(torch.arange(600))
-    digits = images.train.images, images.train.digit_labels
+    digits = images.train.digits
     right, place = scenes.judge(pixels, meanings, *digits)
     assert right.float().mean() > 0.95 and place.nanmean() == 1
     large = torch.tensor([scenes.MEANINGS[m].kind == "large" for m in meanings])
@@ -128,23 +130,21 @@ def test_ink_outside_the_boxes_counts(images):
     canvas[..., 0:8, 0:8] = 30
     canvas[..., 8:16, 8:16] = 10
     upper_left = next(i for i, m in enumerate(scenes.MEANINGS) if m.captions[0] == "a two in the upper left")
-    _, place = scenes.judge(canvas, torch.tensor([upper_left]), images.train.images, images.train.digit_labels)
+    _, place = scenes.judge(canvas, torch.tensor([upper_left]), *images.train.digits)
     assert place.item() == 0.75
-    _, place = scenes.judge(canvas * 0, torch.tensor([upper_left]), images.train.images, images.train.digit_labels)
+    _, place = scenes.judge(canvas * 0, torch.tensor([upper_left]), *images.train.digits)
     assert place.item() == 0                                                # an empty canvas is in no place
 
 
 def test_scores_of_real_scenes(images):
-    wanted = evaluate.prompts(images, 200)
-    assert len(wanted.y) == 300 and wanted.seen == 200
+    wanted = evaluate.prompts_of(images, 200)
+    assert len(wanted.y) == 300 and wanted.num_seen == 200
     assert not set(wanted.meanings[:200].tolist()) & set(scenes.UNSEEN)
     assert set(wanted.meanings[200:].tolist()) == set(scenes.UNSEEN)
     tokenizer = text.open_tokenizer(scenes.TEXT)
     assert torch.equal(tokenizer(wanted.texts), wanted.y)
     reference = evaluate.reference(images)
-    held = data.open_data("scenes").held
-    held.labels[:300] = wanted.meanings
-    pixels, _ = held.read(torch.arange(300))
+    pixels = scenes.compose(wanted.meanings, torch.rand(300, 2), *images.held.digits)
     row = evaluate.scene_scores(pixels, wanted, reference)
     assert row["text_accuracy"] > 0.9 and row["text_accuracy_unseen"] > 0.9
     assert min(row["place"], row["place_unseen"]) > 0.999 and row["fd"] < 0.5
@@ -205,19 +205,39 @@ def test_scores_pictures_and_resume(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--zero-init"], ["--stop", "auto", "--stop-interval", "1", "--stop-warmup", "1"],
-                                   ["--qk-norm"], ["--contrastive", "0.05"], ["--accumulate", "2"]])
+                                   ["--qk-norm"], ["--contrastive", "0.05"], ["--precision", "bf16"]])
 def test_flags_that_work_with_captions(train, flags):
-    rows, _ = train("--eval-every", "0", *flags)
-    assert len(rows) == 4 and all(np.isfinite(r["loss"]) for r in rows)
+    rows, _ = train(*flags)
+    assert len(rows) == 4 and all(np.isfinite(r["loss"]) for r in rows) and rows[-1]["fd"] > 0
+
+
+def test_accumulation_changes_rounding_only(train):
+    _, whole = train("--eval-every", "0", "--lr", "0.002")
+    _, parts = train("--eval-every", "0", "--lr", "0.002", "--accumulate", "4", out="parts")
+    assert all(torch.allclose(w, parts["model"][k], atol=1e-5) for k, w in whole["model"].items())
+
+
+def test_init_takes_the_weights(train, tiny_run, tmp_path):
+    _, first = train("--eval-every", "0")
+    _, then = train("--eval-every", "0", "--init", str(tmp_path / "run" / "ckpt.pt"), "--lr", "1e-9", "--align", "none",
+                    "--stop", "500", "--steps", "1", out="then")
+    assert all(torch.allclose(w, first["ema"][k], atol=1e-6) for k, w in then["model"].items())
+    tiny_run("--eval-every", "0", "--align", "none", "--stop", "500", out="sit")
+    with pytest.raises(SystemExit, match="does not fit --model MMDiT-Ti/4 and --data scenes"):
+        train("--init", str(tmp_path / "sit" / "ckpt.pt"), out="other")
+    with pytest.raises(SystemExit, match="does not fit --model SiT-Ti/2 and --data digits"):
+        tiny_run("--init", str(tmp_path / "run" / "ckpt.pt"), out="third")
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--model", "SiT-Ti/2"], "--data scenes has captions, which --model SiT-Ti/2 does not take: give a MMDiT"),
-    (["--data", "digits"], "--data digits has class labels, which --model MMDiT-Ti/4 does not take: give a SiT"),
+    (["--model", "SiT-Ti/2"], "--data scenes has captions, which --model SiT-Ti/2 does not take: give another, as MMDiT-Ti/4"),
+    (["--data", "digits"], "--data digits has class labels, which --model MMDiT-Ti/4 does not take: give another, as SiT-Ti/1"),
     (["--objective", "ddpm"], "--objective ddpm is for a SiT"),
     (["--projector", "conv"], "--projector conv is for a SiT"),
     (["--text", "clip.pt"], "--text clip.pt is for CLIP's captions"),
-    (["--model", "SiT-Ti/2", "--zero-init"], "--zero-init True is for an MMDiT"),
+    (["--model", "SiT-Ti/2", "--zero-init"], "--zero-init True is for an MM-DiT"),
+    (["--mirror"], "--mirror True would swap left and right"),
+    (["--eval-features", "inception"], "--eval-features inception is for photographs"),
     (["--model", "MMDiT-9"], "must be SiT-Ti, S, B, L or XL.*MMDiT-Ti/4")])
 def test_bad_flags(train, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
@@ -245,6 +265,7 @@ def test_samples_with_captions(train, tmp_path):
     draw("--out", str(tmp_path / "a.npz"), "--captions", str(lines), "--samples", "6", "--cfg", "2")
     draw("--out", str(tmp_path / "b.npz"), "a large four", "a seven left of a three", "--samples", "4", "--cfg", "2",
          "--batch-size", "3")
+    assert Image.open(tmp_path / "a_grid.png").width == 2 * 64 + 4         # captions stand in columns here
     a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
     assert a["arr_1"].tolist() == [0, 1] * 3 and a["arr_0"].shape == (6, 16, 16, 3)
     assert np.abs(a["arr_0"][:4].astype(int) - b["arr_0"]).max() <= 1       # sample i depends on (seed, i) alone
@@ -257,7 +278,8 @@ def test_samples_with_captions(train, tmp_path):
     (["a four", "--captions", "x.txt"], "--captions x.txt: captions are given as words, too"),
     (["--captions", "nothing.txt"], "--captions nothing.txt is neither a folder of prepare.py nor a text file"),
     (["a four", "--label", "3"], "--label 3 is for SiT and DiT and xAR, and .* holds an MM-DiT"),
-    (["a four", "--text", "x.pt"], "--text x.pt")])
+    (["a four", "--text", "x.pt"], "--text x.pt is for CLIP's captions"),
+    (["a four", "--merges", "x.txt"], "--merges x.txt is for CLIP's captions")])
 def test_bad_captions(train, tmp_path, flags, message):
     train("--eval-every", "0", "--align", "none", "--stop", "500", "--steps", "1")
     with pytest.raises(SystemExit, match=message) as error:
