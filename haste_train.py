@@ -139,7 +139,8 @@ IMAGENET = dict(data="out/imagenet256", image_size=256, latent_channels=4, teach
                 eval_every=50_000, eval_samples=1000, eval_steps=50)
 PRESETS = {
     "digits": dict(),
-    "scenes": dict(data="scenes", model="MMDiT-Ti/4", stop="250"),
+    # digits with captions; a teacher does not help there
+    "scenes": dict(data="scenes", model="MMDiT-Ti/4", align="none", stop="250"),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",

@@ -92,7 +92,7 @@ def print_results(curves):
 
 
 def print_over_steps(curves):
-    """Print both text accuracies of each method, mean over the seeds, and steps to plain's level."""
+    """Print both text accuracies over the steps, means of the seeds, and steps to plain's level."""
     base = next(iter(curves.values()))
     heads = [f"step {step}" for step in SHOWN]
     print(f"| captions obeyed, pairs never seen, % | {' | '.join(heads)} | steps to plain's last |")

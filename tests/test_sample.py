@@ -11,10 +11,11 @@ from fill import fill_state_dict
 from PIL import Image
 from test_dit import trained
 
-import evaluate
 import dit
+import evaluate
 import fid
 import haste_train
+import models
 import run
 import sample as program
 import sit
@@ -196,11 +197,11 @@ def test_names_of_tensors_choose_the_model(tmp_path):
     arch = dict(grid=8, num_heads=2, entity="cell:4")
     for content in ({"ema": nets["sit"].state_dict()}, nets["sit"].state_dict()):
         torch.save(content, tmp_path / "x.pt")
-        assert isinstance(program.load_model(tmp_path / "x.pt", 2), sit.SiT)
+        assert isinstance(models.load(tmp_path / "x.pt", 2), sit.SiT)
     for content in ({"ema": nets["xar"].state_dict(), "arch": arch},
                     {"model_ema": nets["xar"].state_dict(), "arch": arch}):
         torch.save(content, tmp_path / "x.pt")
-        assert isinstance(program.load_model(tmp_path / "x.pt", None), xar.XAR)
+        assert isinstance(models.load(tmp_path / "x.pt", None), xar.XAR)
 
 
 # ---- tens of thousands: parts, and what survives
@@ -319,17 +320,17 @@ def test_bad_flags(checkpoints, tmp_path):
         ("sit", ["--label", "10"], "--label 10 must lie in 0 ... 9"),
         ("sit", ["--num-heads", "4"], "ckpt.pt: has 2 attention heads, not 4"),
         ("sit", ["--ckpt", str(tmp_path / "latents.pt")], "--vae must name .* latents of 16 channels"),
-        ("sit", ["--ckpt", str(tmp_path / "empty.pt")], "empty.pt: holds neither a SiT nor an xAR"),
+        ("sit", ["--ckpt", str(tmp_path / "empty.pt")], "empty.pt: holds neither a SiT, nor an MM-DiT, nor an xAR"),
         ("sit", ["--ckpt", str(tmp_path / "text.pt")], "text.pt is not a readable checkpoint"),
         ("sit", ["--ckpt", str(tmp_path)], "is not a file"),
-        ("xar", ["--sampler", "ode"], "--sampler ode is for SiT, and .* holds an xAR: leave it out"),
+        ("xar", ["--sampler", "ode"], "--sampler ode is for SiT and MM-DiT, and .* holds an xAR: leave it out"),
         ("xar", ["--objective", "ddpm"], "--objective ddpm is for SiT and DiT, and .* holds an xAR: leave it out"),
         ("sit", ["--guided-channels", "3"], "--guided-channels 3 is for DiT, and .* holds a SiT: leave it out"),
         ("sit", ["--objective", "ddpm"], "ckpt.pt: was trained with --objective flow: give the same"),
         ("dit", ["--objective", "flow"], "ckpt.pt: was trained with --objective ddpm: give the same"),
-        ("dit", ["--sampler", "ode"], "--sampler ode is for SiT, and .* holds a DiT: leave it out"),
-        ("dit", ["--interval", "0", "1"], r"--interval \[0.0, 1.0\] is for SiT, and .* holds a DiT: leave it out"),
-        ("dit", ["--path", "linear"], "--path linear is for SiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--sampler", "ode"], "--sampler ode is for SiT and MM-DiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--interval", "0", "1"], r"--interval \[0.0, 1.0\] is for SiT and MM-DiT, and .* holds a DiT: leave it out"),
+        ("dit", ["--path", "linear"], "--path linear is for SiT and MM-DiT, and .* holds a DiT: leave it out"),
         ("dit", ["--steps", "1001"], "--steps 1001 must be at most 1000"),
         ("dit", ["--guided-channels", "2", "--cfg", "2"],
          "--guided-channels 2 must be at most 1, the channels of .*ckpt.pt"),

@@ -211,6 +211,13 @@ def test_flags_that_work_with_captions(train, flags):
     assert len(rows) == 4 and all(np.isfinite(r["loss"]) for r in rows) and rows[-1]["fd"] > 0
 
 
+def test_zero_init_flag(train):
+    _, saved = train("--zero-init", "--eval-every", "0", "--lr", "1e-9", "--steps", "1")
+    assert saved["arch"]["zero_init"] and saved["model"]["final_layer.linear.weight"].abs().max() < 1e-8
+    _, saved = train("--eval-every", "0", "--lr", "1e-9", "--steps", "1", out="default")
+    assert saved["model"]["final_layer.linear.weight"].abs().max() > 0.01
+
+
 def test_accumulation_changes_rounding_only(train):
     _, whole = train("--eval-every", "0", "--lr", "0.002")
     _, parts = train("--eval-every", "0", "--lr", "0.002", "--accumulate", "4", out="parts")

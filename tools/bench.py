@@ -287,8 +287,9 @@ def random_set(folder, count, size, channels=4, factor=8):
     about = dict(complete=True, rows=count, size=size, mirror=False, vae="none",
                  fingerprint="none", precision="none", channels=channels,
                  latent_size=size // factor, scale=1.0,
-                 classes=[str(c) for c in range(CLASSES)], skipped=[])
-    prepare.begin(folder, about, [], rng.integers(0, CLASSES, count))
+                 classes=[str(c) for c in range(CLASSES)], skipped=[], crop="adm", text=None)
+    labels = rng.integers(0, CLASSES, count)
+    prepare.begin(folder, prepare.Plan(folder, [], labels, None, about))
     images = np.load(folder / "images.npy", mmap_mode="r+")
     moments = np.load(folder / "moments.npy", mmap_mode="r+")
     for i in range(0, count, 1000):                                         # in parts: a set may be huge
