@@ -34,7 +34,7 @@ DIGITS_FILE = Path(__file__).with_name("digits.npz")
 DIGITS_MAX = 16         # the brightest value
 DIGITS_TRAIN = 1500     # the others are held out
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 CROPS = ("adm", "square-lanczos")       # kinds of center_crop
 MAX_ASPECT = 100        # a longer panorama would fill the memory when its short side is enlarged
 READERS = 8             # threads that wait for the disk, or decode: PIL works outside Python's lock
@@ -133,20 +133,17 @@ class Data:
         data requires of the model, under the names of the checkpoint's "arch". Raises ValueError.
         """
         packed = self.packed
-        if packed is None:
-            if cfg.latent_channels is not None:
-                raise ValueError(f"--latent-channels {cfg.latent_channels} is for packed data, and "
-                                 f"--data {cfg.data} is not: run prepare.py on the photographs and "
-                                 f"name its folder")
-        else:
-            if cfg.latent_channels not in (None, packed["channels"]):
-                raise ValueError(f"--latent-channels {cfg.latent_channels} is not what --data "
-                                 f"{cfg.data} has, {packed['channels']} (--vae {packed['vae']}): "
-                                 f"prepare it with the other autoencoder")
-            if cfg.mirror and not packed["mirror"]:
-                raise ValueError(f"--mirror {cfg.mirror} needs the mirror images' latents, and "
-                                 f"--data {cfg.data} has none: give --no-mirror, or prepare it "
-                                 f"with --mirror")
+        if cfg.latent_channels is not None and not packed:
+            raise ValueError(f"--latent-channels {cfg.latent_channels} is for packed data, and "
+                             f"--data {cfg.data} is not: run prepare.py on the photographs and "
+                             f"name its folder")
+        if packed and cfg.latent_channels not in (None, packed["channels"]):
+            raise ValueError(f"--latent-channels {cfg.latent_channels} is not what --data "
+                             f"{cfg.data} has, {packed['channels']} (--vae {packed['vae']}): "
+                             f"prepare it with the other autoencoder")
+        if packed and cfg.mirror and not packed["mirror"]:
+            raise ValueError(f"--mirror {cfg.mirror} needs the mirror images' latents, and --data "
+                             f"{cfg.data} has none: give --no-mirror, or prepare it with --mirror")
         if not saved:
             return
 
@@ -181,19 +178,18 @@ def open_data(source, image_size=None, root="out/data"):
     elif source in TORCHVISION_SETS:
         data = _torchvision(source, root)
     elif Path(source, "data.json").is_file():
-        kind = CaptionedSet if read_about(source)["text"] else PackedSet
-        packed = kind(source)
-        about = packed.about
-        data = Data(packed, None, about["size"], 3, about["classes"], about, about["text"])
+        about = read_about(source)
+        kind = CaptionedSet if about["text"] else PackedSet
+        data = Data(kind(source), None, about["size"], 3, about["classes"], about, about["text"])
     else:
         return _folders(Path(source), image_size)
 
     if image_size not in (None, data.size):
-        remedy = f"whose images are {data.size} pixels wide: leave it out"
+        remedy = "leave it out"
         if data.packed:
-            remedy = (f"which was prepared with --size {data.size}: leave it out, or prepare the "
-                      f"images again")
-        raise ValueError(f"--image-size {image_size} does not fit --data {source}, {remedy}")
+            remedy += ", or prepare the images again"
+        raise ValueError(f"--image-size {image_size} does not fit --data {source}, whose images "
+                         f"are {data.size} pixels wide: {remedy}")
     return data
 
 
@@ -274,15 +270,15 @@ def class_files(top, classes, flag="--data"):
         files += found
         labels += [label] * len(found)
     if not files:
-        raise ValueError(f"{flag} {top}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its "
-                         f"class folders")
+        raise ValueError(f"{flag} {top}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class "
+                         f"folders")
     return files, labels
 
 
 def _folders(folder, size):
     """Open FOLDER/class/*.jpg, or FOLDER/train/class/* with FOLDER/test or FOLDER/val held out."""
     top, classes = class_folders(folder)
-    size = size or _common_size(top)
+    size = size or _common_size(top, class_files(top, classes)[0][0])
 
     def scan(top):
         files, labels = class_files(top, classes)
@@ -297,12 +293,8 @@ def _folders(folder, size):
     return Data(train, held and scan(held), size, 3, classes)
 
 
-def _common_size(folder):
+def _common_size(folder, first):
     """Return the side of the first image if it is square and small; else demand --image-size."""
-    found = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES)
-    first = next(found, None)
-    if first is None:
-        raise ValueError(f"--data {folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     with open_image(first) as image:
         if image.width == image.height <= 64:
             return image.width
@@ -356,11 +348,11 @@ def center_crop(image, size, kind="adm"):
         scale = size / min(image.size)
         shape = (round(image.width * scale), round(image.height * scale))
         image = image.resize(shape, Image.BICUBIC)
-    side = min(image.size)                              # ADM's is `size` by now
+    side = min(image.size)
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.LANCZOS)
+    return square.resize((size, size), Image.LANCZOS)   # ADM's has this size by now: a mere copy
 
 
 def _machines_fault(error):
@@ -377,6 +369,8 @@ def _line(error):
 
 ABOUT = ("complete", "rows", "size", "mirror", "vae", "fingerprint", "precision", "channels",
          "latent_size", "scale", "classes", "skipped", "crop", "text")  # what data.json says
+ABOUT_TEXT = ("encoder", "length", "width", "vocabulary", "fingerprint", "features", "captions",
+              "cut", "captions_fingerprint")    # and what it says of captions, under "text"
 
 
 def read_about(folder):
@@ -384,6 +378,8 @@ def read_about(folder):
     path = Path(folder, "data.json")
     try:
         about = {"crop": "adm", "text": None, **json.loads(path.read_text())}   # older: neither
+        text = about["text"]
+        about["text"] = text and {name: text[name] for name in ABOUT_TEXT}
         return {name: about[name] for name in ABOUT}
     except Exception as e:
         why = f"it lacks {e}" if isinstance(e, KeyError) else _line(e)
@@ -466,17 +462,16 @@ class Rows:
 
     def write(self, rows, values):
         """Write values [b,...] to the rows [b]; they are on the disk when this returns."""
-        remedy = "make room, and the same command resumes"
         for row, value in zip(rows, np.asarray(values, self.dtype)):
             raw = value.tobytes()
             begin = self.start + int(row) * self.row_bytes
             try:
                 written = os.pwrite(self.file.fileno(), raw, begin)
+                if written != len(raw):                 # the first sign of a full disk
+                    raise OSError(None, "only in part")
             except OSError as e:
-                problem = f"{self.file.name} could not be written ({e.strerror})"
-                raise OSError(f"{problem}: {remedy}") from None
-            if written != len(raw):                     # the first sign of a full disk
-                raise OSError(f"{self.file.name} could only be written in part: {remedy}")
+                raise OSError(f"{self.file.name} could not be written ({e.strerror}): make room, "
+                              f"and the same command resumes") from None
         if len(rows):
             os.fsync(self.file.fileno())
 
@@ -531,9 +526,13 @@ class CaptionedSet(PackedSet):
 
     def strings(self, rows, u):
         """Return the same captions as they were written, a list of strings."""
-        texts = json.loads(self.file.read_text())
         places = zip(self.rows[np.asarray(rows)], self.chosen(rows, u))
-        return [texts[row][place] for row, place in places]
+        try:
+            texts = json.loads(self.file.read_text())
+            return [texts[row][place] for row, place in places]
+        except Exception as e:
+            raise ValueError(f"{self.file} is missing or damaged ({_line(e)}): copy it "
+                             f"again") from None
 
     def chosen(self, rows, u):
         return np.floor(np.asarray(u, np.float64) * self.count[np.asarray(rows)]).astype(np.int64)

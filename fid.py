@@ -8,8 +8,7 @@ It works alone (`digits` needs digits.npz beside it, and `--features dinov2` tea
 Papers (arXiv): FID 1706.08500, sFID 2103.03841, Inception Score 1606.03498, improved precision and
 recall 1904.06991, KID 1801.01401, FD-DINOv2 2306.04675.
 
-Evaluators differ in network, resize and number of images, seldom in formulas. Network and resize
-are TensorFlow's here, as in ADM's evaluator and so in papers' tables.
+Network and resize are TensorFlow's, as in ADM's evaluator and so in papers' tables.
 
 Letters: B batch, N images, F features, C channels, H, W height and width.
 """
@@ -47,7 +46,7 @@ DINOV2 = "dinov2_vitl14"
 DINOV2_SIDE = 224
 DINOV2_GRID = 16  # patches of 14 pixels
 PIXELS_SIDE = 8
-FEW_IMAGES = 10_000  # fewer bias FID
+FEW_IMAGES = 10_000  # the FID of fewer is biased
 MANY_IMAGES = 50_000  # precision, recall, KID of more are slow
 CHUNK = 1000  # rows of a distance matrix
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -232,7 +231,7 @@ def inception_score(logits, split_size=5000):
     """Return exp(mean_x KL(p(y|x) || p(y))), averaged over splits of the logits [N,K]."""
     scores = []
     for part in torch.as_tensor(logits).split(split_size):
-        log_p = part.double().log_softmax(1)                 # log p(y|x)
+        log_p = part.double().log_softmax(1)  # log p(y|x)
         marginal = log_p.logsumexp(0) - math.log(len(part))  # log p(y)
         scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
@@ -310,7 +309,7 @@ class Moments:
 
     def __init__(self, num=0, mean=0.0, scatter=0.0):
         self.num = num
-        self.mean = mean        # [F]
+        self.mean = mean  # [F]
         self.scatter = scatter  # [F,F], sum of (x - mean)(x - mean)^T
 
     def add(self, x):  # [B,F]
@@ -321,8 +320,8 @@ class Moments:
     def merge(self, other):
         total = self.num + other.num
         delta = other.mean - self.mean
-        self.scatter = self.scatter + other.scatter
-        self.scatter = self.scatter + torch.outer(delta, delta) * (self.num * other.num / total)
+        between = torch.outer(delta, delta) * (self.num * other.num / total)
+        self.scatter = self.scatter + other.scatter + between
         self.mean = self.mean + delta * (other.num / total)
         self.num = total
 
@@ -432,7 +431,7 @@ def compare(fake, real, metrics, kid_subsets=100, kid_subset_size=None, split_si
         row["precision"], row["recall"] = precision_recall(real.kept["pool"], fake.kept["pool"])
     if "kid" in metrics:
         pools = real.kept["pool"], fake.kept["pool"]
-        size = kid_subset_size or min(1000, *map(len, pools))  # or all of a small set
+        size = kid_subset_size or min(1000, *map(len, pools))
         row["kid"], row["kid_std"] = kid(*pools, kid_subsets, size)
     return {name: value for name, value in row.items() if name.removesuffix("_std") in metrics}
 
@@ -485,18 +484,21 @@ def center_crop(image, size, kind="adm"):
             image = image.resize([side // 2 for side in image.size], Image.BOX)
         scale = size / min(image.size)
         image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-    side = min(image.size)  # ADM's is `size` by now
+    side = min(image.size)
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.LANCZOS)
+    return square.resize((size, size), Image.LANCZOS)  # ADM's has this size by now: a mere copy
 
 
 def read_image(path, crop=None):
-    """Read a file as crop(PIL image) in RGB; refuse what would be rounded or made opaque."""
+    """Read a file as PIL image in RGB, cut by crop(image) if given.
+
+    Refuse what would be rounded or made opaque.
+    """
     try:
         with Image.open(path) as image:
-            stored = f"{image.mode} {[tile[3] for tile in image.tile]}"
+            stored = f"{image.mode} {[tile[3] for tile in image.tile]}"  # PIL clips what is deeper
             image.load()
     except Exception as e:
         raise ValueError(f"{path} cannot be decoded ({one_line(e)}): repair or remove it") from None
@@ -836,16 +838,17 @@ def parse(argv):
     add("--crop-kind", choices=("adm", "square-lanczos"), help="adm if not given")
     add("--data-root", default="out/data", help="where torchvision's sets are kept")
     add("--kid-subsets", type=at_least(1), default=100, help="subsets of KID")
-    add("--kid-subset-size", type=at_least(2), help="images in each; 1,000 if not given")
+    add("--kid-subset-size", type=at_least(2), help="images in each; 1,000 or all if not given")
     add("--split-size", type=at_least(1), default=5000, help="images in a split of Inception Score")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--save-stats", help="write statistics of SAMPLES to this .npz, a later REFERENCE")
-    add("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
     if not args.samples or not (args.reference or args.save_stats or args.metrics):
-        raise ValueError("give SAMPLES and REFERENCE, or one with --save-stats or --metrics is")
+        raise ValueError("give SAMPLES and REFERENCE, or SAMPLES with --save-stats or --metrics "
+                         "is")
     if not (args.save_stats or ".npz").endswith(".npz"):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz")
     if args.crop and not any(Path(p or "x.npz").is_dir() for p in (args.samples, args.reference)):

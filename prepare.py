@@ -7,7 +7,7 @@
 
 OUT holds plain arrays, and what they are:
     data.json      what it is: size, autoencoder, classes in the order of the labels, text encoder,
-                   skipped files, and whether it is complete
+                   skipped and uncaptioned files, and whether it is complete
     files.json     the file of each row, relative to the folder of the classes or captioned images
     images.npy     uint8 [N,3,S,S], cropped as ADM does, or as --crop says
     moments.npy    float16 [N,V,2C,h,w], mean and standard deviation of the unscaled latent; with
@@ -77,20 +77,34 @@ class Plan:
     about: dict                     # the content of data.json
 
 
-def make_plan(args, net, encoder):
-    """Return the Plan of FOLDER and flags. Raises ValueError if they do not fit."""
+@dataclass
+class Files:
+    """The images of FOLDER."""
+    top: Path
+    names: list         # of all images below it
+    labels: list
+    classes: list
+    texts: Optional[list] = None        # with --captions: a list of captions for each image
+    uncaptioned: Optional[list] = None  # and the images that have none
+
+
+def find_files(args):
+    """Return the Files of FOLDER and --captions. Raises ValueError or OSError, one line."""
+    top = Path(args.folder)
+    if args.captions:
+        names, texts, uncaptioned = captioned_files(top, args.captions)
+        return Files(top, names, [0] * len(names), [], texts, uncaptioned)
+    top, classes = data.class_folders(top, "FOLDER")
+    files, labels = data.class_files(top, classes, "FOLDER")
+    return Files(top, [f.relative_to(top).as_posix() for f in files], labels, classes)
+
+
+def make_plan(args, files, net, encoder):
+    """Return the Plan of files and flags. Raises ValueError if they do not fit."""
     if args.size % net.factor:
         raise ValueError(f"--size {args.size} must be a multiple of {net.factor}, by which "
                          f"--vae {args.vae} shrinks")
-    if args.captions:
-        top = Path(args.folder)
-        classes = []
-        names, texts, uncaptioned = captioned_files(top, args.captions)
-        labels = [0] * len(names)
-    else:
-        top, classes = data.class_folders(Path(args.folder), "FOLDER")
-        files, labels = data.class_files(top, classes, "FOLDER")
-        names = [f.relative_to(top).as_posix() for f in files]
+    names = files.names
     keep = range(len(names))
     if args.limit and args.limit < len(names):
         # spread over the folder, so that every class has its share
@@ -99,16 +113,17 @@ def make_plan(args, net, encoder):
     about = dict(complete=False, rows=len(keep), size=args.size, mirror=args.mirror, crop=args.crop,
                  vae=args.vae, fingerprint=vae.fingerprint(net), precision=args.precision,
                  channels=net.z_channels, latent_size=args.size // net.factor, scale=net.scale,
-                 classes=classes, text=None, skipped=[])
+                 classes=files.classes, text=None, skipped=[])
     captions = None
     if args.captions:
-        about_text = text.describe(encoder)
-        captions = tokenize([texts[i] for i in keep], about_text, args.merges)
+        about_text = text.describe(encoder or open_encoder(args))
+        captions = tokenize([files.texts[i] for i in keep], about_text, args.merges)
         about["text"] = {**about_text, "features": args.text_features,
                          "captions": len(captions.ids), "cut": captions.cut,
-                         "captions_fingerprint": captions.fingerprint(),
-                         "uncaptioned": uncaptioned}
-    return Plan(top, [names[i] for i in keep], [labels[i] for i in keep], captions, about)
+                         "captions_fingerprint": captions.fingerprint()}
+        about["uncaptioned"] = files.uncaptioned
+    return Plan(files.top, [names[i] for i in keep], [files.labels[i] for i in keep], captions,
+                about)
 
 
 def captioned_files(folder, path):
@@ -162,6 +177,10 @@ def read_captions(path):
     if not any(captions.values()):
         raise ValueError(f"--captions {path} holds no captions")
     return [(names[i], texts) for i, texts in captions.items()]
+
+
+def open_encoder(args):
+    return text.open_encoder({"encoder": "clip"}, args.text)
 
 
 def tokenize(texts, about_text, merges):
@@ -283,8 +302,8 @@ def encode_text(encoder, ids, args, device):
     with torch.inference_mode(), run.autocast(args.precision, device):
         features = encoder(ids).half().cpu()
     if not features.isfinite().all():
-        raise ValueError(f"--text {args.text} gives features that are not finite: try --precision "
-                         f"fp32, or other weights")
+        raise ValueError(f"--text {args.text or text.CLIP_URL} gives features that are not finite: "
+                         f"try --precision fp32, or other weights")
     return features.numpy()
 
 
@@ -352,22 +371,23 @@ def summary(about):
     words = f"with {info['captions'] - 1:,} captions"
     if info["cut"]:
         words += f", {info['cut']:,} of them cut to {info['length']} tokens"
-    if info["uncaptioned"]:
-        words += f"; {len(info['uncaptioned']):,} without a caption are left out"
+    if about["uncaptioned"]:
+        words += f"; {len(about['uncaptioned']):,} without a caption are left out"
     return words
 
 
 def prepare(args, processes):
     """Make OUT of FOLDER: each process does an equal share of the rows that are not done yet."""
     out = Path(args.out)
+    # before anything is fetched
+    files = processes.on_main(lambda: find_files(args))
     net = processes.main_first(lambda: vae.load_vae(args.vae)).to(processes.device)
     encoder = None
-    if args.captions:
-        encoder = processes.main_first(lambda: text.open_encoder({"encoder": "clip"}, args.text))
-        encoder = encoder.to(processes.device)
+    if args.text_features:
+        encoder = processes.main_first(lambda: open_encoder(args)).to(processes.device)
 
-    # one list of files for all processes
-    plan = processes.from_main(lambda: make_plan(args, net, encoder))
+    # one list of files for all processes; without --text-features only the first reads --text
+    plan = processes.from_main(lambda: make_plan(args, files, net, encoder))
     names = plan.names
 
     def rows_to_do():
@@ -423,7 +443,8 @@ def main(argv=None):
     parser.add_argument("--text", help="file of CLIP's text encoder; fetched if not given")
     parser.add_argument("--merges", help="file of its tokenizer; fetched if not given")
     parser.add_argument("--text-features", action="store_true",
-                        help="encode the captions, too: much more disk, and training need not")
+                        help="also encode the captions: 49 GB for MS-COCO, and training needs no "
+                             "encoder")
     parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop",
                         help="what to do with images that cannot be read")
     parser.add_argument("--batch-size", type=int, default=16,

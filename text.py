@@ -6,6 +6,9 @@ words. A tokenizer gives ids, a frozen encoder the features that a text-to-image
     ids = tokenizer(["a cat on a mat", ""])               # [2,77]; "" is the null caption
     features = net(ids)                                   # [2,77,768]
 
+The tower equals OpenAI's to 1e-5, from three kinds of files and in two naming schemes
+(tests/test_text.py).
+
 Papers: CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (Radford et
 al. 2021, arXiv 2103.00020); byte-pair encoding (Sennrich et al. 2016, 1508.07909).
 
@@ -27,8 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CLIP_URL = ("https://openaipublic.azureedge.net/clip/models/"
-            "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt")
+CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+CLIP_URL = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-L-14.pt"
 MERGES_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 
 LENGTH = 77             # of every published CLIP
@@ -96,7 +99,8 @@ class Tokenizer:
 
     def merge(self, word):
         """Return the symbols of a word: its bytes, merged pair by pair in the order of the file."""
-        parts = [SYMBOLS[byte] for byte in word.encode()]
+        # half of a surrogate pair, which JSON may hold, is no UTF-8: it becomes a question mark
+        parts = [SYMBOLS[byte] for byte in word.encode(errors="replace")]
         parts[-1] += "</w>"
         while True:
             known = [pair for pair in zip(parts, parts[1:]) if pair in self.ranks]
@@ -127,7 +131,7 @@ def read_merges(path):
         merges = [(left, right) for left, right in map(str.split, filter(str.strip, lines))]
         symbols = {*ALPHABET, *map("".join, merges)}
         if not merges or not all(map(symbols.issuperset, merges)):
-            raise ValueError("none, or of symbols that nothing makes")
+            raise ValueError("it has none, or some join symbols that do not exist")
     except Exception as e:
         why = " ".join(str(e).split())[:200]
         raise ValueError(f"--merges {path} is not a file of BPE merges ({why})") from None
@@ -225,7 +229,7 @@ class ClipText(nn.Module):
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of the number of heads {num_heads}")
         self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(length, width))
+        self.positional_embedding = nn.Parameter(torch.empty(length, width))
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
         self.ln_final = nn.LayerNorm(width)
 
@@ -255,13 +259,13 @@ class WordCodes(nn.Module):
         self.register_buffer("places", torch.tensor(places).float(), persistent=False)
 
     def forward(self, ids):
-        check_ids(ids, *map(len, (self.codes, self.places)))
+        check_ids(ids, len(self.codes), len(self.places))
         return self.codes[ids] + self.places[:ids.shape[1]]
 
 
 # ---- loading
 
-RENAMED = {  # parts of names: ours. First OpenAI's, then Hugging Face's
+RENAMED = {  # part of a name: ours; OpenAI's names first, then Hugging Face's
     "transformer.resblocks.": "blocks.", "in_proj_": "in_proj.",
     "text_model.": "", "embeddings.": "", "position_embedding.weight": "positional_embedding",
     "encoder.layers.": "blocks.", "self_attn.": "attn.", "fc1": "c_fc", "fc2": "c_proj",
@@ -302,14 +306,15 @@ def clip_text_from_state_dict(sd, num_heads=None):
         net.load_state_dict({name: w.float() for name, w in sd.items()}, assign=True)
     except Exception as e:
         why = " ".join(str(e).split())[:300]
-        raise ValueError(f"is not a text tower of CLIP ({type(e).__name__}: {why})") from None
+        raise ValueError(f"not a text tower of CLIP ({type(e).__name__}: {why})") from None
     return net.eval().requires_grad_(False)
 
 
 def load_clip_text(path):
     """Return the text tower of a file: .safetensors, torch's, or OpenAI's TorchScript archive.
 
-    Raises ValueError or OSError, one line.
+    OpenCLIP's towers do not fit: they have the same names, but another activation. Raises
+    ValueError or OSError, one line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--text {path} does not exist or is not a file")
@@ -326,11 +331,18 @@ def load_clip_text(path):
     try:
         return clip_text_from_state_dict(sd)
     except ValueError as e:
-        raise ValueError(f"--text {path} {e}") from None
+        raise ValueError(f"--text {path}: {e}") from None
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64}
+
+
+def from_bytes(raw, dtype):
+    """Return the tensor [N] that raw bytes are."""
+    if not raw:
+        return torch.empty(0, dtype=dtype)                  # torch.frombuffer refuses it
+    return torch.frombuffer(bytearray(raw), dtype=dtype)
 
 
 def read_safetensors(path):
@@ -346,8 +358,8 @@ def read_safetensors(path):
         for name, about in header.items():
             start, end = about["data_offsets"]
             file.seek(data + start)
-            raw = bytearray(file.read(end - start))
-            tensors[name] = torch.frombuffer(raw, dtype=DTYPES[about["dtype"]]).view(about["shape"])
+            w = from_bytes(file.read(end - start), DTYPES[about["dtype"]])
+            tensors[name] = w.view(about["shape"])
     return tensors
 
 
@@ -372,7 +384,7 @@ def read_torchscript(path):
     archive = zipfile.ZipFile(path)
     top = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
 
-    class Module:
+    class Empty:
         pass
 
     def tensor(storage, offset, size, stride, *rest):
@@ -381,25 +393,26 @@ def read_torchscript(path):
     def first(value, *rest):                                # of a list or dict and its type
         return value
 
+    known = {"torch._utils._rebuild_tensor_v2": tensor, "collections.OrderedDict": dict}
+    known |= {f"torch.{storage}": dtype for storage, dtype in STORAGES.items()}
+
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
             if module.split(".")[0] == "__torch__":
-                return Module
+                return Empty
             if module == "torch.jit._pickle":
                 return first
-            known = {"torch._utils._rebuild_tensor_v2": tensor, "collections.OrderedDict": dict}
-            known |= {f"torch.{storage}": dtype for storage, dtype in STORAGES.items()}
             if f"{module}.{name}" not in known:
                 raise pickle.UnpicklingError(f"{module}.{name} is not part of a network")
             return known[f"{module}.{name}"]
 
         def persistent_load(self, pid):
             _, dtype, key, *_ = pid
-            return torch.frombuffer(bytearray(archive.read(f"{top}data/{key}")), dtype=dtype)
+            return from_bytes(archive.read(f"{top}data/{key}"), dtype)
 
     def collect(module, prefix):
         for name, value in vars(module).items():
-            if isinstance(value, Module):
+            if isinstance(value, Empty):
                 collect(value, f"{prefix}{name}.")
             elif isinstance(value, torch.Tensor):
                 tensors[prefix + name] = value
@@ -463,7 +476,7 @@ def open_encoder(about_text, weights=None):
                              f"out")
         num_words = len(about_text["words"])
         return WordCodes(num_words, about_text["length"], about_text["width"]).eval()
-    path = weights or fetch(CLIP_URL, "--text")
+    path = weights or fetch(CLIP_URL, "--text", CLIP_SHA256)
     net = load_clip_text(path)
     expected = about_text.get("fingerprint")
     if expected and fingerprint(net) != expected:
@@ -473,19 +486,20 @@ def open_encoder(about_text, weights=None):
 
 
 def is_words(about_text):
+    """Return whether captions are of a few words, not CLIP's; refuse any other kind."""
     kind = about_text.get("encoder")
     if kind not in ("words", "clip"):
         raise ValueError(f"text encoder {kind!r} is neither words nor clip")
     return kind == "words"
 
 
-def fetch(url, flag):
+def fetch(url, flag, sha256=None):
     """Return the path of a file in torch's cache, fetched if it is not there."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
+            torch.hub.download_url_to_file(url, str(path), sha256)
         except Exception as e:
             why = " ".join(str(e).split())
             raise OSError(f"{path.name} could not be fetched ({why}): download {url} and name the "

@@ -1,5 +1,6 @@
 """Images with captions: packed in the order of their ids, one caption drawn for each visit; bad input is one line."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -126,9 +127,10 @@ def test_rows_are_images_in_the_order_of_their_ids(pack, coco, tmp_path, capsys)
 
     about = data.read_about(out)
     assert about["complete"] and about["crop"] == "square-lanczos" and about["classes"] == []
-    expected = {**text.describe(text.load_clip_text(tmp_path / "clip.pt")), "captions": 11, "features": False, "cut": 1,
-                "uncaptioned": ["nobody.png", "unknown.png"]}
+    expected = {**text.describe(text.load_clip_text(tmp_path / "clip.pt")), "captions": 11, "features": False, "cut": 1}
     assert len(about["text"].pop("captions_fingerprint")) == 16 and about["text"] == expected
+    assert "uncaptioned" not in about                                       # which goes into every checkpoint
+    assert json.loads((out / "data.json").read_text())["uncaptioned"] == ["nobody.png", "unknown.png"]
 
 
 def test_captions_of_rows(pack):
@@ -164,6 +166,25 @@ def test_features_are_what_the_encoder_makes_of_the_ids(pack, tmp_path):
     assert b.captions(rows, u).dtype == b.null.dtype == torch.float16 and b.null.shape == (LENGTH, WIDTH)
     assert torch.allclose(b.captions(rows, u).float(), encoder(a.captions(rows, u)), rtol=2 ** -10, atol=1e-6)
     assert torch.allclose(b.null.float(), encoder(a.null[None])[0], rtol=2 ** -10, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--text-features"]], ids=["ids", "features"])
+def test_batches_are_a_function_of_seed_and_step(pack, flags):
+    out = pack(*flags)
+    train, found = data.open_data(str(out)).train, arrays(out)
+
+    def batch(seed, step, mine=slice(None), ahead=0):
+        feed = data.batches(train, seed, step - ahead, 4, mine)
+        images, moments, captions, _ = [next(feed) for _ in range(1 + ahead)][-1]
+        feed.close()
+        return images, moments, captions
+    whole = batch(0, 3)
+    assert whole[2].dtype == (torch.float16 if flags else torch.int64) and len(whole[2]) == 4
+    for same_ones in (batch(0, 3, ahead=2), map(torch.cat, zip(batch(0, 3, slice(3)), batch(0, 3, slice(3, 4))))):
+        assert all(map(torch.equal, whole, same_ones))
+    assert not torch.equal(whole[2], batch(1, 3)[2]) and not torch.equal(whole[2], batch(0, 4)[2])
+    for row, caption in zip(data.global_rows(6, 0, 3, 4), whole[2].numpy()):
+        assert (found["captions"][FIRST[row]:FIRST[row + 1]] == caption).reshape(-1, caption.size).all(1).any()
 
 
 def test_sets_of_classes_have_no_captions(packed_folder):
@@ -232,6 +253,39 @@ def test_captions_are_on_the_disk_before_their_row_is_done(pack, tmp_path, monke
     assert names.index("captions.npy") < names.index("done.npy") and len(names) == 3 * 5
 
 
+@pytest.mark.parametrize("why", ("No space left on device", "only in part"))
+def test_disk_that_fills_with_features_loses_nothing(why, pack, refused, tmp_path, monkeypatch):
+    whole, pwrite, calls = arrays(pack("--text-features", out="whole")), os.pwrite, []
+
+    def full(descriptor, raw, at):
+        if os.fstat(descriptor).st_ino == (tmp_path / "set" / "captions.npy").stat().st_ino:
+            calls.append(at)
+            if len(calls) == 7:                                             # in the midst of the second batch
+                if why == "only in part":
+                    return pwrite(descriptor, raw[:9], at)
+                raise OSError(28, why)
+        return pwrite(descriptor, raw, at)
+    monkeypatch.setattr(os, "pwrite", full)
+    refused(rf"set/captions.npy could not be written \({why}\): make room, and the same command", "--text-features")
+    assert np.load(tmp_path / "set" / "done.npy").tolist() == [1, 1, 0, 0, 0, 0]
+    monkeypatch.undo()
+    assert same(arrays(pack("--text-features")), whole)
+
+
+def test_a_start_that_was_killed_can_be_made_with_other_captions(pack, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_program, "write_about", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pack()
+    assert (tmp_path / "set" / "captions.json").exists() and not (tmp_path / "set" / "data.json").exists()
+    monkeypatch.undo()
+    (tmp_path / "captions.json").write_text(json.dumps(content(captions=[*CAPTIONS, (12, "cat")])))
+    out = pack()
+    assert json.loads((out / "captions.json").read_text()) == [*TEXTS[:2], ["a mat", "cat"], *TEXTS[3:]]
+    assert np.load(out / "first_caption.npy").tolist() == [1, 4, 5, 7, 9, 10, 12] and len(arrays(out)["captions"]) == 12
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--crop", "adm"], "was started with --crop square-lanczos, not adm: give the same flags to resume"),
     (["--text-features"], "was started with another --text-features .False, not True.: give the same to resume"),
@@ -296,7 +350,7 @@ def test_two_processes_pack_what_one_packs(pack, coco, words, tmp_path, flags):
 ])
 def test_bad_captions(raw, message, refused, tmp_path):
     (tmp_path / "captions.json").write_bytes(raw.encode("latin-1"))
-    refused(message)
+    refused(message, "--vae", "nowhere.pt", "--text", "nowhere.pt")         # before weights are read or fetched
     assert not (tmp_path / "set").exists()
 
 
@@ -312,14 +366,17 @@ def test_bad_flags(refused, coco, words, tmp_path):
         with pytest.raises(SystemExit, match=f"prepare.py: {flags[0]} .* needs --captions$"):
             prepare_program.main([str(coco), str(tmp_path / "set"), *flags])
     with pytest.raises(SystemExit, match="FOLDER .*nowhere is not a folder$"):
-        prepare_program.main(list(map(str, [tmp_path / "nowhere", tmp_path / "set", *words])))
+        prepare_program.main(list(map(str, [tmp_path / "nowhere", tmp_path / "set", *words, "--vae", "no.pt"])))
     assert not (tmp_path / "set").exists()
 
 
-def test_features_that_are_not_finite(refused, tmp_path):
+def test_features_that_are_not_finite(refused, coco, words, tmp_path, monkeypatch):
     weights = torch.load(tiny_clip(tmp_path / "bad.pt"), weights_only=True)
     torch.save({**weights, "ln_final.bias": torch.full((WIDTH,), 1e6)}, tmp_path / "bad.pt")
     refused("--text .*bad.pt gives features that are not finite", "--text", tmp_path / "bad.pt", "--text-features")
+    monkeypatch.setattr(text, "fetch", lambda *args: tmp_path / "bad.pt")
+    with pytest.raises(SystemExit, match="--text https://.*ViT-L-14.pt gives features that are not finite"):
+        prepare_program.main([str(w) for w in (coco, tmp_path / "set", *words[:4], *words[6:], "--text-features")])
 
 
 @pytest.mark.parametrize("name", ("captions", "first_caption"))
@@ -331,3 +388,28 @@ def test_damaged_arrays_are_named(pack, name):
     np.save(file, np.zeros(3, np.int32))
     with pytest.raises(ValueError, match=rf"{name}\.npy holds int32 \[3\], but data.json says"):
         data.open_data(str(file.parent))
+
+
+def test_a_damaged_list_of_captions_is_named(pack):
+    out = pack()
+    train, rows, u = data.open_data(str(out)).train, torch.tensor([5, 0]), torch.tensor([0.5, 0.5])
+    assert train.strings(rows, u) == ["cat cat", "A cat on a mat."]
+    for raw in ("", "[[", "[[]]", "7"):
+        (out / "captions.json").write_text(raw)
+        with pytest.raises(ValueError, match=r"captions\.json is missing or damaged \(.*\): copy it again"):
+            train.strings(rows, u)
+    (out / "captions.json").unlink()
+    with pytest.raises(ValueError, match=r"captions\.json is missing or damaged \(.*No such file.*\): copy it again"):
+        train.strings(rows, u)
+
+
+@pytest.mark.parametrize("name", data.ABOUT_TEXT)
+def test_what_is_said_of_captions_must_be_complete(pack, refused, name):
+    out = pack()
+    about = json.loads((out / "data.json").read_text())
+    del about["text"][name]
+    (out / "data.json").write_text(json.dumps(about))
+    message = f"data.json cannot be read .it lacks '{name}'.: is .* a folder made by prepare.py"
+    with pytest.raises(ValueError, match=message):
+        data.open_data(str(out))
+    refused(message)                                                        # to resume

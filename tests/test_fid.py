@@ -653,7 +653,7 @@ def test_a_card_of_its_own_for_every_process(monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "give SAMPLES and REFERENCE"), (["digits"], "give SAMPLES and REFERENCE"),
+    ([], "give SAMPLES and REFERENCE"), (["digits"], "give SAMPLES and REFERENCE, or SAMPLES with --save"),
     (["digits", "digits", "--batch-size", "0"], "--batch-size: 0 must be 1 or more"),
     (["digits", "digits", "--kid-subset-size", "1"], "--kid-subset-size: 1 must be 2 or more"),
     (["digits", "digits", "--features", "pixels", "--kid-subset-size", "1501"],

@@ -402,7 +402,7 @@ def test_no_image_is_read_once_the_guidance_has_ended(packed_haste, monkeypatch)
 
 def test_packed_flags(packed_haste, packed_folder, tiny_run, tmp_path):
     for flags, message in ((["--latent-channels", "16"], "--latent-channels 16 is not what --data .* has, 4 .--vae"),
-                           (["--image-size", "32"], "--image-size 32 does not fit .* prepared with --size 16"),
+                           (["--image-size", "32"], "--image-size 32 does not fit .* 16 pixels wide.* prepare"),
                            (["--vae", "nowhere.pt"], "--vae nowhere.pt does not exist"),
                            (["--vae", str(tiny_vae(tmp_path / "b.pt", 1))], "is not the autoencoder that the training"),
                            (["--vae", str(tiny_vae(tmp_path / "c.pt", 1, channels=3))], "latents of 3 channels"),

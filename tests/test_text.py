@@ -148,6 +148,7 @@ def test_what_is_one_word(tokenizer):
         assert tokenizer.encode(a) == tokenizer.encode(b)
     assert tokenizer.encode("10") == [*tokenizer.encode("1"), *tokenizer.encode("0")]
     assert len(tokenizer.encode("\U0001f9ff")) == 4                         # no merge knows it: four bytes
+    assert tokenizer.encode(json.loads('"a \\ud83d cat"')) == tokenizer.encode("a ? cat")  # half of a surrogate pair
 
 
 def test_the_pattern_is_unicodes_letters_and_numbers(tokenizer):
@@ -314,12 +315,6 @@ def test_ids_that_do_not_fit(golden):
         text.ClipText(300, 77, 128, 1, 3)
 
 
-def test_a_new_tower_can_be_trained():
-    net = text.ClipText(10, 5, 16, 1, 2)
-    net(torch.tensor([[1, 2, 9]])).square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
 # ---- files
 
 def safetensors(sd):
@@ -349,6 +344,7 @@ def scripted(sd):
     top.visual.mha = torch.nn.MultiheadAttention(4, 2).half()
     top.register_buffer("context_length", torch.tensor(77))
     top.register_buffer("view", torch.arange(12).view(3, 4).T[1:])
+    top.register_buffer("empty", torch.zeros(0, 3))
     top.sizes = {"grid": 4}
     top.nothing = None
     return torch.jit.script(top)
@@ -387,7 +383,7 @@ def test_an_archive_without_deprecated_functions(archive, recwarn, monkeypatch):
     assert all(torch.equal(tensors[k], w) for k, w in official(torch.float16)[1].items())
     assert "transformer.resblocks.0.attn_mask" in tensors and tensors["context_length"] == 77
     assert tensors["view"].tolist() == [[1, 5, 9], [2, 6, 10], [3, 7, 11]]
-    assert tensors["visual.mha.in_proj_weight"].shape == (12, 4)
+    assert tensors["visual.mha.in_proj_weight"].shape == (12, 4) and tensors["empty"].shape == (0, 3)
 
 
 class Evil:
@@ -454,7 +450,7 @@ def test_files_that_are_not_clips(tmp_path, archive):
             ({**sd, "ln_final.bias": torch.zeros(3)}, "size mismatch for ln_final.bias"),
             ({**sd, "ln_final.bias": 1}, "AttributeError")):
         torch.save(content, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=f"--text .*w.pt is not a text tower of CLIP .*{message}") as e:
+        with pytest.raises(ValueError, match=f"--text .*w.pt: not a text tower of CLIP .*{message}") as e:
             text.load_clip_text(tmp_path / "w.pt")
         assert "\n" not in str(e.value) and len(str(e.value)) < 500
     with pytest.raises(ValueError, match="width 128 must be a multiple of the number of heads 5"):
@@ -550,8 +546,9 @@ def test_files_are_fetched_once(tmp_path, golden, merges, monkeypatch):
     _, sd, net = golden
     asked = []
 
-    def download(url, path):
+    def download(url, path, sha256):
         asked.append(url)
+        assert sha256 == {"ViT-L-14.pt": url.split("/")[-2]}.get(url.split("/")[-1])
         if url.endswith(".gz"):
             merges_file(tmp_path / "checkpoints" / "bpe_simple_vocab_16e6.txt.gz", merges)
         else:
@@ -566,7 +563,7 @@ def test_files_are_fetched_once(tmp_path, golden, merges, monkeypatch):
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
         "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"]
 
-    def offline(url, path):
+    def offline(url, path, sha256):
         raise OSError("no\nroute")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
