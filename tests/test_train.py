@@ -29,7 +29,7 @@ import haste_train
 import run
 import sit
 import teacher
-import test_captions
+import test_coco
 import test_packed
 import test_scenes
 import xar
@@ -76,7 +76,7 @@ def base_run(tmp_path_factory, small_teacher):
 def test_every_field_is_covered_commented_and_shown(capsys):
     fields = {f.name for f in dataclasses.fields(haste_train.Config)}
     assert fields == ALTERNATIVES.keys() | ELSEWHERE.keys() and not ALTERNATIVES.keys() & ELSEWHERE.keys()
-    known = [*globals(), *dir(test_packed), *dir(test_scenes), *dir(test_captions)]
+    known = [*globals(), *dir(test_packed), *dir(test_scenes), *dir(test_coco)]
     assert set(ELSEWHERE.values()) <= set(known)
     with pytest.raises(SystemExit):
         haste_train.main(["--help"])
