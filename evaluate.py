@@ -24,7 +24,7 @@ from typing import Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import dit
 import fid
@@ -39,7 +39,7 @@ SHEET = 30                                                                  # sa
 CAPTION_COLUMNS = 6
 CAPTION_SIDE = 144                                                          # pixels: wide enough for a caption
 CAPTION_HEIGHT = 16
-LETTER = 5                                                                  # pixels of a letter, about
+LETTER = 6                                                                  # pixels of a letter, about
 INCEPTION_BATCH = 64
 
 
@@ -263,7 +263,8 @@ def _with_captions(images, columns, side, captions):
         room = (columns - i % columns if alone else 1) * width // LETTER
         caption = " ".join(caption.split())[:room]
         left = i % columns * width
-        draw.text((left, step * (i // columns) + rows[0].height + 2), caption, "black")
+        top = step * (i // columns) + rows[0].height
+        draw.text((left, top), caption, "black", ImageFont.load_default(12))
     return canvas
 
 

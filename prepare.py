@@ -379,7 +379,7 @@ def summary(about):
 def prepare(args, processes):
     """Make OUT of FOLDER: each process does an equal share of the rows that are not done yet."""
     out = Path(args.out)
-    # before anything is fetched
+    # the cheapest errors come first, before any weights are fetched
     files = processes.on_main(lambda: find_files(args))
     net = processes.main_first(lambda: vae.load_vae(args.vae)).to(processes.device)
     encoder = None

@@ -99,7 +99,7 @@ class Tokenizer:
 
     def merge(self, word):
         """Return the symbols of a word: its bytes, merged pair by pair in the order of the file."""
-        # half of a surrogate pair, which JSON may hold, is no UTF-8: it becomes a question mark
+        # JSON may hold half of a surrogate pair, which has no bytes: it becomes a question mark
         parts = [SYMBOLS[byte] for byte in word.encode(errors="replace")]
         parts[-1] += "</w>"
         while True:
@@ -494,7 +494,7 @@ def is_words(about_text):
 
 
 def fetch(url, flag, sha256=None):
-    """Return the path of a file in torch's cache, fetched if it is not there."""
+    """Return the path of a file in torch's cache; if it is not there, fetch and check it."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     if not path.exists():
         try:
