@@ -27,7 +27,7 @@ from teacher import train_small
 
 STEPS = 1000
 EVERY = 100                                                                 # steps between evaluations
-SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)
+SHOWN = (300, 500, 700, 1000)
 SCENES = ["--preset", "scenes"]
 METHODS = {  # name in the table: flags; the first one sets the levels
     "plain": ["--align", "none"],
