@@ -92,11 +92,9 @@ def print_results(curves):
 
 
 def print_over_steps(curves):
-    """Print both text accuracies over the steps, means of the seeds, and steps to plain's level."""
-    base = next(iter(curves.values()))
-    heads = [f"step {step}" for step in SHOWN]
-    print(f"| captions obeyed, pairs never seen, % | {' | '.join(heads)} | steps to plain's last |")
-    print("|---" * (2 + len(heads)) + "|")
+    """Print both text accuracies over the steps, means of the seeds."""
+    print(f"| captions obeyed, pairs never seen, % | {' | '.join(f'step {s}' for s in SHOWN)} |")
+    print("|---" * (1 + len(SHOWN)) + "|")
     for method, runs in curves.items():
         cells = []
         for step in SHOWN:
@@ -104,13 +102,25 @@ def print_over_steps(curves):
             means = [100 * np.mean([found[key][at] for found in runs])
                      for key in ("text_accuracy", "text_accuracy_unseen")]
             cells.append(f"{means[0]:.1f}, {means[1]:.1f}")
-        reached = [steps_to(found["step"], -found["text_accuracy"], -plain["text_accuracy"][-1])
-                   for found, plain in zip(runs, base)]
-        first = [steps_to(plain["step"], -plain["text_accuracy"], -plain["text_accuracy"][-1])
-                 for plain in base]
-        cells.append("not by every seed")
-        if not np.isnan(reached).any():
-            cells[-1] = f"{plus_minus(reached, 0)} ({np.mean(reached) / np.mean(first):.2f})"
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def print_steps_to_plain(curves):
+    """Print when each method is as good as plain training of the same seed at its end."""
+    base = next(iter(curves.values()))
+    levels = (("text_accuracy", -1), ("text_accuracy_unseen", -1), ("fd", 1))
+    heads = [SCORES[key][0].removesuffix(" %") for key, _ in levels]
+    print(f"| steps to plain's last | {' | '.join(heads)} |\n|---|---|---|---|")
+    for method, runs in curves.items():
+        cells = []
+        for key, sign in levels:                                            # sign 1: smaller is better
+            reached = [steps_to(found["step"], sign * found[key], sign * plain[key][-1])
+                       for found, plain in zip(runs, base)]
+            there = [step for step in reached if not np.isnan(step)]
+            cells.append(f"{len(there)} of {len(runs)} seeds")
+            if len(there) == len(runs):
+                cells[-1] = plus_minus(reached, 0)
         print(f"| {method} | {' | '.join(cells)} |")
     print()
 
@@ -188,6 +198,7 @@ def main():
     curves = train_all(methods, args.out, args.seeds, args.jobs)
     print_results(curves)
     print_over_steps(curves)
+    print_steps_to_plain(curves)
     draw(curves, args.picture or args.out / f"{args.group}.png")
     if args.group == "methods":
         print_guidance(methods, args.out, args.seeds)
