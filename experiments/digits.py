@@ -62,7 +62,7 @@ def train(method, flags, every, seed, out, steps=STEPS, columns=CURVES):
              str(every), "--save-every", "0", "--out", str(folder)]
     rows = run.read_log(folder / "log.jsonl")
     if not rows or rows[-1]["step"] < steps:
-        print("python haste_train.py", *flags, flush=True)
+        print(f"python haste_train.py {' '.join(flags)}", flush=True)
         # one thread a run: two runs side by side are faster than one after the other on two threads
         subprocess.run([sys.executable, "haste_train.py", *flags], check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
