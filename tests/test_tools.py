@@ -214,7 +214,7 @@ def test_benchmarks_of_packed_data_run(command, found, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--preset", "digits", "--teacher", "vits14", "--profile"],
-                                   ["--preset", "scenes", "--teacher", "vits14"],
+                                   ["--model", "MMDiT-Ti/4", "--teacher", "vits14"],
                                    ["--model", "xAR-Ti", "--accumulate", "2"]], ids=["haste", "captions", "xar"])
 def test_benchmark_of_training_runs(flags):
     text = tool("tools.bench", "train", "--device", "cpu", "--repeats", "1", *flags)
