@@ -384,8 +384,8 @@ def sample_ode(velocity, x, y, num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1
                null_label=None, heun=False, contrast=None):
     """Integrate dx = v dt (SiT eq. 2) from t = 1 to t = 0, in uniform steps of Euler or Heun.
 
-    x [B,...] is noise, y [B] class ids; the result is like x.
-    velocity(x, t [B], y [B]) returns v. Guidance acts if cfg_scale != 1 and low <= t <= high.
+    x [B,...] is noise, y class ids [B] or captions [B,L,C], null_label one.
+    velocity(x, t [B], y) returns v. Guidance acts if cfg_scale != 1 and low <= t <= high.
     Heun's last step is Euler's, and its second evaluation keeps the guidance decision of the
     step's start. `contrast` is for a model of contrastive flow matching (2506.05350): its weight
     and the mean of its data [C,h,w], with which guided velocities are corrected.

@@ -143,6 +143,7 @@ def test_time_is_never_bfloat16():
         return model(x, t, y)
     x = sit.sample_ode(velocity, torch.randn(1, 1, 8, 8).bfloat16(), torch.zeros(1, dtype=torch.long), num_steps=2)
     assert x.dtype == torch.bfloat16 and set(seen) == {(torch.bfloat16, torch.float32)}
+    torch.manual_seed(0)                                                    # some weights round the difference away
     embed = sit.TimestepEmbedder(32).eval()
     with torch.autocast("cpu", torch.bfloat16):                             # 0.5 and 0.501 are one number in bfloat16
         assert not torch.equal(*embed(torch.tensor([0.5, 0.501])))
