@@ -72,15 +72,16 @@ def reference(images, inception=None):
 
     images: data.Data. Without held-out images there is no "held". With `inception` there is also
     "inception": this network, with mean and covariance of its features of the training images.
+    Scenes are compared with {"digits": (images, labels), "held": features of held-out scenes}.
     """
+    if isinstance(images.train, scenes.SceneSet):
+        held = fid.pixel_features(images.held.scenes)
+        return {"digits": images.train.digits, "held": held}
     sets = {}
     if inception is not None:
         rows = _some_rows(images.train)
         batches = (images.train.read(part)[0] for part in rows.split(INCEPTION_BATCH))
         sets["inception"] = inception, inception_gaussian(inception, batches)
-    if isinstance(images.train, scenes.SceneSet):
-        held = fid.pixel_features(images.held.scenes)
-        return {"digits": images.train.digits, "held": held}
     for name, split in (("train", images.train), ("held", images.held)):
         if split is None or len(split) < 2:                                 # a covariance needs two
             continue
@@ -186,7 +187,8 @@ def evaluate_sit(ema, condition, prompts, contrast, decode, reference, cfg, proc
         noise = randn(torch.empty(len(rows), *shape, device=processes.device))
         with autocast:
             if cfg.objective == "ddpm":
-                x = dit.sample_ddpm(ema, noise, y, cfg.eval_steps, cfg.eval_cfg, randn=randn)
+                x = dit.sample_ddpm(ema, noise, y, cfg.eval_steps, cfg.eval_cfg,
+                                    null_label=condition.null, randn=randn)
             else:
                 x = sit.sample_ode(ema, noise, y, cfg.eval_steps, cfg.eval_cfg,
                                    null_label=condition.null, contrast=contrast)
@@ -249,6 +251,7 @@ def image_grid(images, columns, side=64, captions=None):
 
 
 def _with_captions(images, columns, side, captions):
+    """Return the grid with a white line below each row, for the captions of its images."""
     rows = [image_grid(part, columns, side) for part in images.split(columns)]
     zoom = max(1, side // images.shape[2])
     step = rows[0].height + CAPTION_HEIGHT

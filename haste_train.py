@@ -325,10 +325,10 @@ def check(cfg, world):
                 "must be 1 or more")
     if cfg.model in mmdit.MMDIT_CONFIGS:
         refuse_changed(cfg, ("objective", "projector"), "is for a SiT: leave it out")
+        refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
     else:
         refuse_changed(cfg, ("zero_init", "text"), "is for an MM-DiT: leave it out")
     if cfg.data == "scenes":
-        refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
         refuse_changed(cfg, ("eval_features",), "is for photographs: leave it out")
     if cfg.objective == "ddpm":
         refuse_changed(cfg, ("path", "time", "contrastive"),

@@ -264,6 +264,8 @@ def captions_of_words(args, about):
 
 def captions_of_folder(args, about):
     """Return a caption of each image in --captions, how to read them, "", and their encoder."""
+    run.require(args, Path(args.captions, "data.json").is_file(), "captions",
+                "is not a folder of prepare.py")
     images = data.open_data(args.captions)
     run.require(args, images.text is not None, "captions", "has class labels: prepare it with "
                                                            "--captions")

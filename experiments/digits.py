@@ -71,15 +71,16 @@ def train(method, flags, every, seed, out, steps=STEPS, columns=CURVES):
     return {column: np.array([row[column] for row in evaluations]) for column in columns}
 
 
-def train_all(group, out, seeds, jobs):
-    """Return {method: [curves of each seed]}."""
+def train_all(methods, every, out, seeds, jobs, steps=STEPS, columns=CURVES):
+    """Return {method: [curves of each seed]}; methods: {name: flags}."""
     # one run alone trains the teacher, which all others find in the cache
-    guided = [name for name, flags in GROUPS[group].items() if "none" not in flags]
-    train(guided[0], GROUPS[group][guided[0]], EVERY[group], 0, out)
+    guided = [name for name, flags in methods.items() if "none" not in flags]
+    for name in guided[:1]:
+        train(name, methods[name], every, 0, out, steps, columns)
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {}
-        for method, flags in GROUPS[group].items():
-            waiting[method] = [pool.submit(train, method, flags, EVERY[group], seed, out)
+        for method, flags in methods.items():
+            waiting[method] = [pool.submit(train, method, flags, every, seed, out, steps, columns)
                                for seed in range(seeds)]
         return {method: [job.result() for job in submitted]
                 for method, submitted in waiting.items()}
@@ -164,14 +165,19 @@ def print_steps_to_levels(curves, key, title, sign):
     print()
 
 
-def draw(curves, path):
-    """Save a picture of both curves: mean over the seeds, and the range between best and worst."""
+PANELS = {"fd": ("Fréchet distance on pixels", "log"), "accuracy": ("accuracy", "linear")}
+
+
+def draw(curves, path, panels=PANELS, width=9, legend=1):
+    """Save a picture of curves: mean over the seeds, and the range between best and worst.
+
+    panels: {column: (title, scale)}; the one of number `legend` has the legend.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, key, title, scale in ((axes[0], "fd", "Fréchet distance on pixels", "log"),
-                                  (axes[1], "accuracy", "accuracy", "linear")):
+    fig, axes = plt.subplots(1, len(panels), figsize=(width, 3.4))
+    for ax, (key, (title, scale)) in zip(axes, panels.items()):
         for method, runs in curves.items():
             values = np.array([run[key] for run in runs])
             style = "--" if "never" in method else "-"
@@ -179,7 +185,7 @@ def draw(curves, path):
             ax.fill_between(runs[0]["step"], values.min(0), values.max(0), alpha=0.15,
                             color=line.get_color())
         ax.set(title=title, xlabel="step", yscale=scale)
-    axes[1].legend()
+    axes[legend].legend()
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
@@ -197,7 +203,7 @@ def main():
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds must be 2 or more, for a deviation")
-    curves = train_all(args.group, args.out, args.seeds, args.jobs)
+    curves = train_all(GROUPS[args.group], EVERY[args.group], args.out, args.seeds, args.jobs)
     print_results(curves)
     print_over_steps(curves)
     print_steps_to_levels(curves, "fd", "Fréchet distance", 1)

@@ -10,7 +10,6 @@ finished, only its log is read. Plain training of the same seed sets the level t
 to reach: its text accuracy at the end.
 """
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,19 +21,15 @@ import ddp
 import evaluate
 import haste_train
 import models
-from experiments.digits import folder_of, plus_minus, steps_to, train
+import scenes
+from experiments.digits import SIT, draw, folder_of, plus_minus, steps_to, train_all
 from teacher import train_small
 
 STEPS = 1000
 EVERY = 100                                                                 # steps between evaluations
 SHOWN = (300, 500, 700, 1000)
-SCENES = ["--preset", "scenes"]
-METHODS = {  # name in the table: flags; the first one sets the levels
-    "plain": ["--align", "none"],
-    "REPA": ["--align", "repa", "--stop", "never"],
-    "HASTE": ["--align", "haste"],
-    "HASTE, never stopped": ["--align", "haste", "--stop", "never"],
-}
+# name in the table: flags; the first one sets the levels
+METHODS = {name: ["--preset", "scenes", *flags] for name, flags in SIT.items()}
 START = {
     "plain": METHODS["plain"],
     "plain, adaLN-Zero": [*METHODS["plain"], "--zero-init"],
@@ -47,6 +42,9 @@ SCORES = {  # key in the log: title, digits, unit
     "fd": ("Fréchet distance", 3, 1),
 }
 COLUMNS = ("step", *SCORES)
+PANELS = {"text_accuracy": ("captions obeyed", "linear"),
+          "text_accuracy_unseen": ("pairs never seen", "linear"),
+          "fd": ("Fréchet distance on pixels", "log")}
 GUIDANCE = (1, 2, 4)
 
 
@@ -62,20 +60,6 @@ def teachers(out):
         file = max(folder.glob("teacher-*.pt"), key=lambda f: f.stat().st_mtime)
         methods[f"HASTE, teacher {name}"] = [*METHODS["HASTE"], "--teacher-weights", str(file)]
     return methods
-
-
-def train_all(methods, out, seeds, jobs):
-    """Return {method: [curves of each seed]}."""
-    if "HASTE" in methods:                                                  # it trains the teacher for all
-        train("HASTE", [*SCENES, *methods["HASTE"]], EVERY, 0, out, STEPS, COLUMNS)
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {}
-        for method, flags in methods.items():
-            flags = [*SCENES, *flags]
-            waiting[method] = [pool.submit(train, method, flags, EVERY, seed, out, STEPS, COLUMNS)
-                               for seed in range(seeds)]
-        return {method: [job.result() for job in submitted]
-                for method, submitted in waiting.items()}
 
 
 # ---- tables
@@ -125,6 +109,18 @@ def print_steps_to_plain(curves):
     print()
 
 
+def print_judge():
+    """Print what the judge says of real scenes, of held-out digits, and with other captions."""
+    images = data.open_data("scenes")
+    held = images.held
+    pair = torch.tensor([scenes.MEANINGS[m].kind == "pair" for m in held.labels])
+    right, _ = scenes.judge(held.scenes, held.labels, *images.train.digits)
+    other, _ = scenes.judge(held.scenes, held.labels.roll(1), *images.train.digits)
+    print(f"real scenes: {100 * right.double().mean():.1f} % right, pairs "
+          f"{100 * right[pair].double().mean():.1f} %, with captions of others "
+          f"{100 * other.double().mean():.1f} %\n")
+
+
 def score(folder, seed, guidance, shuffled=False):
     """Return the scores of a run's last weights: {name: number}, as in its log."""
     images = data.open_data("scenes")
@@ -159,29 +155,6 @@ def print_guidance(methods, out, seeds):
     print()
 
 
-def draw(curves, path):
-    """Save a picture of three curves: mean over the seeds, and the range of the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    panels = {"text_accuracy": "captions obeyed", "text_accuracy_unseen": "pairs never seen",
-              "fd": "Fréchet distance on pixels"}
-    fig, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
-    for ax, (key, title) in zip(axes, panels.items()):
-        for method, runs in curves.items():
-            values = np.array([found[key] for found in runs])
-            style = "--" if "never" in method else "-"
-            line, = ax.plot(runs[0]["step"], values.mean(0), label=method, linestyle=style)
-            ax.fill_between(runs[0]["step"], values.min(0), values.max(0), alpha=0.15,
-                            color=line.get_color())
-        ax.set(title=title, xlabel="step")
-    axes[-1].set_yscale("log")
-    axes[0].legend()
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=100)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("group", nargs="?", choices=("methods", "teachers", "start"),
@@ -195,12 +168,13 @@ def main():
     if args.seeds < 2:
         parser.error("--seeds must be 2 or more, for a deviation")
     methods = {"methods": METHODS, "start": START}.get(args.group) or teachers(args.out)
-    curves = train_all(methods, args.out, args.seeds, args.jobs)
+    curves = train_all(methods, EVERY, args.out, args.seeds, args.jobs, STEPS, COLUMNS)
     print_results(curves)
     print_over_steps(curves)
     print_steps_to_plain(curves)
-    draw(curves, args.picture or args.out / f"{args.group}.png")
+    draw(curves, args.picture or args.out / f"{args.group}.png", PANELS, width=12, legend=0)
     if args.group == "methods":
+        print_judge()
         print_guidance(methods, args.out, args.seeds)
 
 
