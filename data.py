@@ -1,10 +1,10 @@
 """Training images: digits, torchvision's small sets, folders of photographs, and packed folders.
 
-    data = open_data("digits" | "scenes" | "cifar10" | "mnist" | ... | FOLDER | PACKED)
+    data = open_data("digits" | "scenes" | "clutter" | "cifar10" | "mnist" | ... | FOLDER | PACKED)
     images, labels = data.train.read(rows)                      # uint8 [b,C,H,W], int64 [b]
     for images, moments, labels, _ in batches(data.train, seed=0, start=0, batch_size=256): ...
 
-PACKED is what prepare.py makes of FOLDER. The order of the images is a pure function of
+PACKED is what prepare.py makes of FOLDER (packed.py). The order of the images is a pure function of
 (seed, step): nothing depends on the number of processes, and a resumed run needs only its step.
 
 digits.npz holds the 1,797 handwritten digits, 8 x 8 pixels with values 0 ... 16, of the test set of
@@ -14,9 +14,7 @@ Repository, CC BY 4.0), the same as scikit-learn's load_digits.
 Letters: N rows of a set, b rows read, C channels, H W (or S) side in pixels, h w side of a latent.
 """
 import hashlib
-import json
 import math
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+import clutter
 import scenes
+from packed import CaptionedSet, PackedSet, line_of, read_about
 
 DIGITS_FILE = Path(__file__).with_name("digits.npz")
 DIGITS_MAX = 16         # the brightest value
@@ -79,12 +79,12 @@ class FolderSet:
 class Data:
     """A data set, and what it requires of a model."""
 
-    train: object      # ArraySet, FolderSet, PackedSet, CaptionedSet or SceneSet
+    train: object      # ArraySet, FolderSet, PackedSet, CaptionedSet, SceneSet or ClutterSet
     held: object       # the same, or None if nothing is held out
     size: int          # side of an image in pixels
     channels: int      # 1 grey, 3 RGB
     classes: list      # names, in the order of the labels
-    packed: Optional[dict] = None  # of packed sets: what data.json says (ABOUT)
+    packed: Optional[dict] = None  # of packed sets: what data.json says (packed.py)
     text: Optional[dict] = None  # of sets with captions: what encodes them, see text.py
 
     @property
@@ -175,6 +175,8 @@ def open_data(source, image_size=None, root="out/data"):
         data = _digits()
     elif source == "scenes":
         data = _scenes()
+    elif source == "clutter":
+        data = _clutter()
     elif source in TORCHVISION_SETS:
         data = _torchvision(source, root)
     elif Path(source, "data.json").is_file():
@@ -225,13 +227,20 @@ def _scenes():
     return Data(train, held, scenes.CANVAS, 1, [], text=scenes.TEXT)
 
 
+def _clutter():
+    digits = _digits()
+    train = clutter.ClutterSet(digits.train.images, digits.train.labels, clutter.IMAGES, seed=0)
+    held = clutter.ClutterSet(digits.held.images, digits.held.labels, clutter.HELD_IMAGES, seed=1)
+    return Data(train, held, clutter.CANVAS, 1, digits.classes)
+
+
 def _torchvision(name, root):
     import torchvision
     make = getattr(torchvision.datasets, TORCHVISION_SETS[name])
     try:
         sets = [make(root, train=train, download=True) for train in (True, False)]
     except Exception as e:
-        raise OSError(f"--data {name} could not be downloaded to {root} ({_line(e)}): connect "
+        raise OSError(f"--data {name} could not be downloaded to {root} ({line_of(e)}): connect "
                       f"once, or copy torchvision's files there, or use --data digits") from None
     arrays = []
     for s in sets:
@@ -250,7 +259,7 @@ def class_folders(folder, flag="--data"):
     if not folder.is_dir():
         problem = f"{flag} {folder} is not a folder"
         if flag == "--data":
-            problem += (f" of images or of prepare.py, nor one of digits, scenes, "
+            problem += (f" of images or of prepare.py, nor one of digits, scenes, clutter, "
                         f"{', '.join(TORCHVISION_SETS)}")
         raise ValueError(problem)
     top = folder / "train" if (folder / "train").is_dir() else folder
@@ -341,7 +350,7 @@ def center_crop(image, size, kind="adm"):
     except Exception as e:
         if _machines_fault(e):
             raise
-        raise ValueError(f"{name} cannot be decoded ({_line(e)}): repair or remove it") from None
+        raise ValueError(f"{name} cannot be decoded ({line_of(e)}): repair or remove it") from None
     if kind == "adm":
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -358,184 +367,6 @@ def center_crop(image, size, kind="adm"):
 def _machines_fault(error):
     """Return whether an error is the disk's or the memory's: the next try may read the file."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
-
-
-def _line(error):
-    """Return an error's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---- packed folders: written by prepare.py, which describes the files
-
-ABOUT = ("complete", "rows", "size", "mirror", "vae", "fingerprint", "precision", "channels",
-         "latent_size", "scale", "classes", "skipped", "crop", "text")  # what data.json says
-ABOUT_TEXT = ("encoder", "length", "width", "vocabulary", "fingerprint", "features", "captions",
-              "cut", "captions_fingerprint")    # and what it says of captions, under "text"
-
-
-def read_about(folder):
-    """Return what FOLDER/data.json says, a dict with the names of ABOUT. Raises ValueError."""
-    path = Path(folder, "data.json")
-    try:
-        about = {"crop": "adm", "text": None, **json.loads(path.read_text())}   # older: neither
-        text = about["text"]
-        about["text"] = text and {name: text[name] for name in ABOUT_TEXT}
-        return {name: about[name] for name in ABOUT}
-    except Exception as e:
-        why = f"it lacks {e}" if isinstance(e, KeyError) else _line(e)
-        raise ValueError(f"{path} cannot be read ({why}): is {folder} a folder made by "
-                         f"prepare.py?") from None
-
-
-def layouts(about):
-    """Return {array: (shape, dtype)} of a packed folder; V = 2 with mirror images, else 1."""
-    N = about["rows"]
-    S = about["size"]
-    V = 1 + about["mirror"]
-    C = about["channels"]
-    h = about["latent_size"]
-    arrays = {"images": ((N, 3, S, S), "uint8"),
-              "moments": ((N, V, 2 * C, h, h), "float16"),
-              "labels": ((N,), "int64"),
-              "done": ((N,), "uint8")}
-    text = about["text"]
-    if text:
-        M = text["captions"]
-        L = text["length"]
-        arrays["captions"] = ((M, L), "uint16")
-        if text["features"]:
-            arrays["captions"] = ((M, L, text["width"]), "float16")
-        arrays["first_caption"] = ((N + 1,), "int64")
-    return arrays
-
-
-class Rows:
-    """Rows of an .npy file, read and written instead of mapped.
-
-    Mapped pages would count as the process's own memory, and two machines that write to one page of
-    a network disk would undo each other's rows. Raises ValueError if the file is not what data.json
-    says.
-    """
-
-    def __init__(self, path, shape, dtype, mode="rb"):
-        path = Path(path)
-        remedy = "copy it again, or run prepare.py with an empty folder"
-        try:
-            self.file = open(path, mode)
-            version = np.lib.format.read_magic(self.file)
-            header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(self.file)
-        except Exception as e:
-            raise ValueError(f"{path} is missing or damaged ({_line(e)}): {remedy}") from None
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        if header != (self.shape, False, self.dtype):
-            raise ValueError(f"{path} holds {header[2]} {list(header[0])}, but data.json says "
-                             f"{dtype} {list(shape)}: {remedy}")
-
-        self.start = self.file.tell()                                   # of the first row, in bytes
-        self.row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-        whole = self.start + shape[0] * self.row_bytes
-        there = path.stat().st_size
-        if there != whole:
-            raise ValueError(f"{path} has {there:,} bytes of {whole:,}: cut short; {remedy}")
-        self.pool = ThreadPoolExecutor(READERS)
-
-    def read(self, rows):
-        """Return the rows, an int array [b], as a tensor [b,...]; uint16 as int64."""
-        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-
-        def part(first):
-            for i in range(first, len(rows), READERS):
-                row = int(rows[i])
-                begin = self.start + row * self.row_bytes
-                raw = os.pread(self.file.fileno(), self.row_bytes, begin)
-                if len(raw) != self.row_bytes:
-                    raise OSError(f"{self.file.name} ends in the middle of row {row}: copy it "
-                                  f"again")
-                out[i] = np.frombuffer(raw, self.dtype).reshape(out.shape[1:])
-
-        # threads, because each waits for the disk, and does so without Python's lock
-        list(self.pool.map(part, range(min(READERS, len(rows)))))
-        if out.dtype == np.uint16:                      # on which torch can do little
-            out = out.astype(np.int64)
-        return torch.from_numpy(out)
-
-    def write(self, rows, values):
-        """Write values [b,...] to the rows [b]; they are on the disk when this returns."""
-        for row, value in zip(rows, np.asarray(values, self.dtype)):
-            raw = value.tobytes()
-            begin = self.start + int(row) * self.row_bytes
-            try:
-                written = os.pwrite(self.file.fileno(), raw, begin)
-                if written != len(raw):                 # the first sign of a full disk
-                    raise OSError(None, "only in part")
-            except OSError as e:
-                raise OSError(f"{self.file.name} could not be written ({e.strerror}): make room, "
-                              f"and the same command resumes") from None
-        if len(rows):
-            os.fsync(self.file.fileno())
-
-
-class PackedSet:
-    """Images and moments of a packed folder; rows whose file was skipped do not count."""
-
-    def __init__(self, folder):
-        self.about = read_about(folder)
-        if not self.about["complete"]:
-            raise ValueError(f"--data {folder} is not finished: run prepare.py once more with the "
-                             f"same flags")
-        self.arrays = {}                                # all are opened: a damaged one is found now
-        for name, layout in layouts(self.about).items():
-            self.arrays[name] = Rows(Path(folder, f"{name}.npy"), *layout)
-        self.images = self.arrays["images"]
-        self.latents = self.arrays["moments"]
-        labels = np.load(Path(folder, "labels.npy"))
-        self.rows = np.flatnonzero(labels >= 0)                         # set's row -> array's row
-        self.labels = torch.from_numpy(labels[self.rows])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def read(self, rows):
-        """Return images uint8 [b,3,S,S] and labels [b] of the rows [b]."""
-        return self.images.read(self.rows[np.asarray(rows)]), self.labels[rows]
-
-    def moments(self, rows):
-        """Return mean and standard deviation of the rows [b], float16 [b,V,2C,h,w]."""
-        return self.latents.read(self.rows[np.asarray(rows)])
-
-
-class CaptionedSet(PackedSet):
-    """A packed folder with captions: token ids int64 [L], or a text encoder's features [L,C]."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.file = Path(folder, "captions.json")
-        self.entries = self.arrays["captions"]
-        first = np.load(Path(folder, "first_caption.npy"))
-        self.first = first[self.rows]                                   # set's row -> its first entry
-        self.count = first[self.rows + 1] - self.first
-        self.null = self.entries.read([0])[0]                             # the caption ""
-
-    def captions(self, rows, u):
-        """Return a caption of each of the rows [b], [b,L] or float16 [b,L,C].
-
-        u [b] in [0, 1) chooses it: floor(u * count) of the row's own `count` captions.
-        """
-        return self.entries.read(self.first[np.asarray(rows)] + self.chosen(rows, u))
-
-    def strings(self, rows, u):
-        """Return the same captions as they were written, a list of strings."""
-        places = zip(self.rows[np.asarray(rows)], self.chosen(rows, u))
-        try:
-            texts = json.loads(self.file.read_text())
-            return [texts[row][place] for row, place in places]
-        except Exception as e:
-            raise ValueError(f"{self.file} is missing or damaged ({_line(e)}): copy it "
-                             f"again") from None
-
-    def chosen(self, rows, u):
-        return np.floor(np.asarray(u, np.float64) * self.count[np.asarray(rows)]).astype(np.int64)
 
 
 # ---- order

@@ -13,6 +13,9 @@ Scenes have captions instead of classes, and these scores (scenes.py):
     text_accuracy  share of samples with every named digit right, in its place
     place          share of the ink inside the named boxes; large digits do not count
     ..._unseen     the same for the pairs of digits that never occur in training
+Clutter has a small classifier of its own (clutter.py):
+    accuracy       share of samples that it takes for what they were made for
+    fd, fd_pixels  Frechet distance to training images, on its features and on pixels
 
 Samples carry the labels 0, 1, 2, ... in turn, or captions of the set. Each one's noise depends on
 its index alone.
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import clutter
 import dit
 import fid
 import run
@@ -67,16 +71,23 @@ def inception_gaussian(inception, batches):
     return moments.gaussian()
 
 
-def reference(images, inception=None):
+def reference(images, inception=None, cache="out/cache"):
     """Return what samples are compared with: {"train": (features, labels), "held": ...}.
 
     images: data.Data. Without held-out images there is no "held". With `inception` there is also
     "inception": this network, with mean and covariance of its features of the training images.
-    Scenes are compared with {"digits": (images, labels), "held": features of held-out scenes}.
+    Scenes are compared with {"digits": (images, labels), "held": features of held-out scenes},
+    clutter with {"judge": its classifier, kept in the folder `cache`, "features": the judge's of
+    training images, "pixels": the same images'}.
     """
     if isinstance(images.train, scenes.SceneSet):
         held = fid.pixel_features(images.held.scenes)
         return {"digits": images.train.digits, "held": held}
+    if isinstance(images.train, clutter.ClutterSet):
+        real, _ = images.train.read(_some_rows(images.train))
+        judge = clutter.make_judge(images.train, cache)
+        features = torch.cat([judge(x)[0] for x in real.split(BATCH)])
+        return {"judge": judge, "features": features.double(), "pixels": fid.pixel_features(real)}
     sets = {}
     if inception is not None:
         rows = _some_rows(images.train)
@@ -141,6 +152,8 @@ def scores(samples, sets, num_classes=None):
 
     Samples that were made for captions have no classes, and no accuracy.
     """
+    if "judge" in sets:
+        return clutter_scores(samples, sets)
     fake = torch.cat([fid.pixel_features(x) for x in samples.split(BATCH)])
     real, labels = sets["train"]
     distance, neighbour = torch.cdist(fake, real).min(dim=1)
@@ -157,6 +170,15 @@ def scores(samples, sets, num_classes=None):
         row["fd_held"] = frechet(fake, held)
         row["nearest_held"] = torch.cdist(held, real).min(dim=1)[0].mean().item()
     return row
+
+
+def clutter_scores(samples, reference):
+    """Return {name: number} for uint8 samples [B,1,H,W], made for the digits 0 ... 9 in turn."""
+    features, logits = reference["judge"](samples)
+    right = logits.argmax(1) == torch.arange(len(samples)) % logits.shape[1]
+    return {"fd": frechet(features.double(), reference["features"]),
+            "fd_pixels": frechet(fid.pixel_features(samples), reference["pixels"]),
+            "accuracy": right.double().mean().item()}
 
 
 def scene_scores(samples, prompts, reference):
@@ -214,7 +236,10 @@ def print_summary(rows, out, advice):
     if scored:
         last = scored[-1]
         words = [f"Frechet distance {last['fd']:.3f} on pixels"]
-        if "accuracy" in last:
+        if "fd_pixels" in last:                                             # clutter
+            words = [f"Frechet distance {last['fd']:.2f} on the features of its classifier, which "
+                     f"takes {100 * last['accuracy']:.1f} % of the samples for what they should be"]
+        elif "accuracy" in last:
             words.append(f"{100 * last['accuracy']:.1f} % of the samples look like their class")
         if "text_accuracy" in last:
             words.append(f"{100 * last['text_accuracy']:.1f} % of the samples show what their "
@@ -304,7 +329,7 @@ def growth(model, tokens, most=16):
 PANELS = {
     "loss": "loss of the objective", "feature_loss": "feature loss",
     "attention_loss": "attention loss",
-    "grad_cosine": "cosine of gradients", "fd": "Frechet distance on pixels", "fid": "FID",
+    "grad_cosine": "cosine of gradients", "fd": "Frechet distance", "fid": "FID",
     "accuracy": "accuracy", "text_accuracy": "captions obeyed",
     "text_accuracy_unseen": "pairs never seen",
 }

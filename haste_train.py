@@ -35,6 +35,7 @@ from typing import Literal, Optional
 import torch
 
 import align
+import clutter
 import data
 import ddp
 import dit
@@ -60,7 +61,7 @@ layer_map = haste.layer_map
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, scenes, cifar10, mnist, fashionmnist, a folder of class folders or of prepare.py
+    data: str = "digits"  # digits, scenes, clutter, cifar10, mnist, fashionmnist, class folders, or one of prepare.py
     image_size: Optional[int] = None  # side to which a folder's images are cropped; photographs need it
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
@@ -81,7 +82,7 @@ class Config:
     stop_interval: int = 50  # with --stop auto: steps between two measurements of the angle
     stop_warmup: int = 100  # with --stop auto: steps before the first measurement
     stop_threshold: float = -0.05  # with --stop auto: alignment ends once the mean cosine falls below this
-    teacher: str = "small"  # small (trained here, cached), dinov2_vitb14, or another name of teacher.py's TEACHERS
+    teacher: str = "small"  # small or medium (trained here, cached), or a name of teacher.py's TEACHERS
     teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
     cache: str = "out/cache"  # where small teachers are kept
@@ -141,6 +142,7 @@ PRESETS = {
     "digits": dict(),
     # digits with captions; a teacher does not help there
     "scenes": dict(data="scenes", model="MMDiT-Ti/4", align="none", stop="250"),
+    "clutter": dict(data="clutter", model="SiT-Ti/4"),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",
@@ -434,8 +436,8 @@ def training_state(cfg, model, saved):
 # ---- the program
 
 # changes of their code are reported on resume
-MODULES = (haste, sit, dit, mmdit, text, models, teachers, align, data, scenes, run,
-           sys.modules[__name__])
+MODULES = (haste, sit, dit, mmdit, text, models, teachers, align, data, scenes, clutter,
+           run, sys.modules[__name__])
 
 
 def train(cfg, processes, stop):
@@ -461,7 +463,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.in_channels, processes.device))
-            reference = processes.on_main(lambda: evaluate.reference(images, inception))
+            reference = processes.on_main(lambda: evaluate.reference(images, inception, cfg.cache))
             prompts = evaluate.prompts_of(images, cfg.eval_samples)
         log = run.Log(cfg, start, processes)
 

@@ -19,8 +19,8 @@ and with --captions:
                    encoder makes of them. Entry 0 is the null caption, "".
     first_caption.npy  int64 [N+1]; first[n] ... first[n+1] - 1 are row n's entries of captions.npy
     captions.json  the captions themselves, a list for each row
-np.load(..., mmap_mode="r") opens any of the arrays; data.PackedSet reads them for training. At 256
-pixels and with SD's autoencoder, a row has 192 KiB of image and 16 KiB of moments.
+np.load(..., mmap_mode="r") opens any of the arrays; packed.PackedSet reads them for training. At
+256 pixels and with SD's autoencoder, a row has 192 KiB of image and 16 KiB of moments.
 
 Letters: N rows, b rows of a batch, S side in pixels, V views, C latent channels, h w latent's side,
 M captions, L tokens of one, D width of the text encoder.
@@ -42,6 +42,7 @@ import torch
 
 import data
 import ddp
+import packed
 import run
 import text
 import vae
@@ -200,7 +201,7 @@ def begin(out, plan):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(f"OUT {out} cannot be made ({e.strerror}): choose another place") from None
-    arrays = {out / f"{name}.npy": layout for name, layout in data.layouts(plan.about).items()}
+    arrays = {out / f"{name}.npy": layout for name, layout in packed.layouts(plan.about).items()}
     there = [array.name for array in arrays if array.exists()]
     if there and not (out / "files.json").exists():
         raise ValueError(f"OUT {out} holds {', '.join(there)} from elsewhere: name an empty folder")
@@ -242,7 +243,7 @@ def write_about(out, about):
 def check_resume(out, plan):
     """Refuse to resume an OUT that was made of other images or with other settings."""
     about = plan.about
-    was = data.read_about(out)
+    was = packed.read_about(out)
     for name in ("size", "mirror", "crop", "precision", "fingerprint"):
         if was[name] != about[name]:
             # the autoencoder is compared by its weights, not by its name
@@ -265,8 +266,8 @@ def check_resume(out, plan):
             if before != now:
                 raise ValueError(f"OUT {out} was started with another {flags} ({before}, not "
                                  f"{now}): give the same to resume, or another OUT")
-    for name, layout in data.layouts(was).items():
-        data.Rows(out / f"{name}.npy", *layout)                 # raises if an array is damaged
+    for name, layout in packed.layouts(was).items():
+        packed.Rows(out / f"{name}.npy", *layout)                 # raises if an array is damaged
 
 
 # ---- the work
@@ -321,8 +322,8 @@ def pack(args, plan, rows, net, encoder, progress, device):
     Returns the seconds that the loop waited, {"decoding": ..., "encoding": ..., "writing": ...}.
     """
     arrays = {}
-    for name, layout in data.layouts(plan.about).items():
-        arrays[name] = data.Rows(Path(args.out, f"{name}.npy"), *layout, "r+b")
+    for name, layout in packed.layouts(plan.about).items():
+        arrays[name] = packed.Rows(Path(args.out, f"{name}.npy"), *layout, "r+b")
     spent = dict.fromkeys(("decoding", "encoding", "writing"), 0.0)
     pool = ThreadPoolExecutor(args.workers)
 
@@ -401,7 +402,7 @@ def prepare(args, processes):
     processes.print(f"{len(names):,} images {summary(plan.about)}; "
                     f"{len(names) - len(todo):,} are done")
 
-    if not len(todo) and data.read_about(out)["complete"]:
+    if not len(todo) and packed.read_about(out)["complete"]:
         processes.print(f"{out} is complete already")
         return
 

@@ -9,8 +9,6 @@ Every run is `python haste_train.py FLAGS` with the flags printed here; if a run
 finished, only its log is read. Plain training of the same seed sets the level that the others are
 to reach: its text accuracy at the end.
 """
-import argparse
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +20,8 @@ import evaluate
 import haste_train
 import models
 import scenes
-from experiments.digits import SIT, draw, folder_of, plus_minus, steps_to, train_all
+from experiments import study
+from experiments.digits import SIT
 from teacher import train_small
 
 STEPS = 1000
@@ -41,6 +40,7 @@ SCORES = {  # key in the log: title, digits, unit
     "place_unseen": ("of pairs never seen %", 1, 100),
     "fd": ("Fréchet distance", 3, 1),
 }
+OVER_STEPS = {key: SCORES[key] for key in ("text_accuracy", "text_accuracy_unseen")}
 COLUMNS = ("step", *SCORES)
 PANELS = {"text_accuracy": ("captions obeyed", "linear"),
           "text_accuracy_unseen": ("pairs never seen", "linear"),
@@ -64,32 +64,6 @@ def teachers(out):
 
 # ---- tables
 
-def print_results(curves):
-    """Print what each method has reached at its last step."""
-    print(f"| method | {' | '.join(title for title, _, _ in SCORES.values())} |")
-    print("|---" * (1 + len(SCORES)) + "|")
-    for method, runs in curves.items():
-        cells = [plus_minus([found[key][-1] for found in runs], digits, unit)
-                 for key, (_, digits, unit) in SCORES.items()]
-        print(f"| {method} | {' | '.join(cells)} |")
-    print()
-
-
-def print_over_steps(curves):
-    """Print both text accuracies over the steps, means of the seeds."""
-    print(f"| captions obeyed, pairs never seen, % | {' | '.join(f'step {s}' for s in SHOWN)} |")
-    print("|---" * (1 + len(SHOWN)) + "|")
-    for method, runs in curves.items():
-        cells = []
-        for step in SHOWN:
-            at = np.flatnonzero(runs[0]["step"] == step)[0]
-            means = [100 * np.mean([found[key][at] for found in runs])
-                     for key in ("text_accuracy", "text_accuracy_unseen")]
-            cells.append(f"{means[0]:.1f}, {means[1]:.1f}")
-        print(f"| {method} | {' | '.join(cells)} |")
-    print()
-
-
 def print_steps_to_plain(curves):
     """Print when each method is as good as plain training of the same seed at its end."""
     base = next(iter(curves.values()))
@@ -99,12 +73,12 @@ def print_steps_to_plain(curves):
     for method, runs in curves.items():
         cells = []
         for key, sign in levels:                                            # sign 1: smaller is better
-            reached = [steps_to(found["step"], sign * found[key], sign * plain[key][-1])
+            reached = [study.steps_to(found["step"], sign * found[key], sign * plain[key][-1])
                        for found, plain in zip(runs, base)]
             there = [step for step in reached if not np.isnan(step)]
             cells.append(f"{len(there)} of {len(runs)} seeds")
             if len(there) == len(runs):
-                cells[-1] = plus_minus(reached, 0)
+                cells[-1] = study.plus_minus(reached, 0)
         print(f"| {method} | {' | '.join(cells)} |")
     print()
 
@@ -145,34 +119,24 @@ def print_guidance(methods, out, seeds):
     print(f"| method | guidance | {' | '.join(heads)} |")
     print("|---" * (2 + len(heads)) + "|")
     for method in methods:
-        runs = [(folder_of(method, seed, out), seed) for seed in range(seeds)]
+        runs = [(study.folder_of(method, seed, out), seed) for seed in range(seeds)]
         rows = {str(w): [score(*found, w) for found in runs] for w in GUIDANCE}
         rows["1, captions shuffled"] = [score(*found, 1, shuffled=True) for found in runs]
         for name, found in rows.items():
-            cells = [plus_minus([row[key] for row in found], digits, unit)
+            cells = [study.plus_minus([row[key] for row in found], digits, unit)
                      for key, (_, digits, unit) in SCORES.items()]
             print(f"| {method} | {name} | {' | '.join(cells)} |", flush=True)
     print()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("group", nargs="?", choices=("methods", "teachers", "start"),
-                        default="methods", help="which comparison")
-    parser.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--picture", type=Path, help="picture of the curves; if not given, "
-                                                     "OUT/GROUP.png")
-    args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error("--seeds must be 2 or more, for a deviation")
+    args = study.arguments(__doc__.splitlines()[0], "out/scenes", ("methods", "teachers", "start"))
     methods = {"methods": METHODS, "start": START}.get(args.group) or teachers(args.out)
-    curves = train_all(methods, EVERY, args.out, args.seeds, args.jobs, STEPS, COLUMNS)
-    print_results(curves)
-    print_over_steps(curves)
+    curves = study.train_all(methods, EVERY, args.out, args.seeds, args.jobs, STEPS, COLUMNS)
+    study.print_last(curves, SCORES)
+    study.print_over_steps(curves, SHOWN, OVER_STEPS)
     print_steps_to_plain(curves)
-    draw(curves, args.picture or args.out / f"{args.group}.png", PANELS, width=12, legend=0)
+    study.draw(curves, args.picture or args.out / f"{args.group}.png", PANELS, width=12, legend=0)
     if args.group == "methods":
         print_judge()
         print_guidance(methods, args.out, args.seeds)

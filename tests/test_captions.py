@@ -12,6 +12,7 @@ from PIL import Image
 from processes import finish, start, torchrun
 
 import data
+import packed
 import prepare as prepare_program
 import text
 import vae
@@ -125,7 +126,7 @@ def test_rows_are_images_in_the_order_of_their_ids(pack, coco, tmp_path, capsys)
     ids = text.Tokenizer(tmp_path / "merges.txt", LENGTH)(["", *sum(TEXTS, [])])
     assert found["captions"].dtype == np.uint16 and np.array_equal(found["captions"], ids)
 
-    about = data.read_about(out)
+    about = packed.read_about(out)
     assert about["complete"] and about["crop"] == "square-lanczos" and about["classes"] == []
     expected = {**text.describe(text.load_clip_text(tmp_path / "clip.pt")), "captions": 11, "features": False, "cut": 1}
     assert len(about["text"].pop("captions_fingerprint")) == 16 and about["text"] == expected
@@ -156,7 +157,7 @@ def test_every_caption_of_a_row_is_equally_likely(pack):
 
 def test_features_are_what_the_encoder_makes_of_the_ids(pack, tmp_path):
     ids, features = pack(), pack("--text-features", out="features")
-    assert data.read_about(features)["text"]["features"]
+    assert packed.read_about(features)["text"]["features"]
     found, encoder = arrays(features)["captions"], text.load_clip_text(tmp_path / "clip.pt")
     expected = encoder(torch.from_numpy(arrays(ids)["captions"].astype(np.int64))).numpy()
     assert found.shape == (11, LENGTH, WIDTH) and found.dtype == np.float16
@@ -215,7 +216,7 @@ def test_rows_that_are_skipped_leave_the_others_their_captions(pack, coco, flags
     (coco / ROWS[3]).write_bytes(b"")
     out = pack("--on-bad", "skip", *flags)
     train = data.open_data(str(out)).train
-    assert len(train) == 4 and data.read_about(out)["skipped"] == [ROWS[0], ROWS[3]]
+    assert len(train) == 4 and packed.read_about(out)["skipped"] == [ROWS[0], ROWS[3]]
     captions = torch.from_numpy(whole["captions"].astype(np.float64))
     found = train.captions(torch.arange(4), torch.full((4,), 0.9))
     assert torch.equal(found.double(), captions[[4, 5, 8, 10]]) and torch.equal(train.null.double(), captions[0])
@@ -237,14 +238,14 @@ def test_interrupted_preparation_resumes(pack, flags, monkeypatch):
         pack(*flags)
     out = pack(*flags)
     assert calls == [2, 2, 2, 2] and same(arrays(out), whole)
-    assert data.read_about(out) == data.read_about(out.with_name("whole"))
+    assert packed.read_about(out) == packed.read_about(out.with_name("whole"))
     pack(*flags)                                                            # nothing left to do
     assert len(calls) == 4
 
 
 def test_captions_are_on_the_disk_before_their_row_is_done(pack, tmp_path, monkeypatch):
-    write, written = data.Rows.write, []
-    monkeypatch.setattr(data.Rows, "write", lambda self, rows, values: (
+    write, written = packed.Rows.write, []
+    monkeypatch.setattr(packed.Rows, "write", lambda self, rows, values: (
         written.append((self.file.name.rsplit("/")[-1], [int(row) for row in rows])), write(self, rows, values))[1])
     pack("--text-features")
     entries = [rows for name, rows in written if name == "captions.npy"]
@@ -327,7 +328,7 @@ def test_two_processes_pack_what_one_packs(pack, coco, words, tmp_path, flags):
     found = arrays(tmp_path / "set")
     for name in ARRAYS:
         assert np.allclose(found[name].astype(float), whole[name].astype(float), atol=1e-2), name   # a batch's rounding
-    assert data.read_about(tmp_path / "set") == data.read_about(tmp_path / "whole")
+    assert packed.read_about(tmp_path / "set") == packed.read_about(tmp_path / "whole")
 
 
 # ---- bad input
@@ -403,7 +404,7 @@ def test_a_damaged_list_of_captions_is_named(pack):
         train.strings(rows, u)
 
 
-@pytest.mark.parametrize("name", data.ABOUT_TEXT)
+@pytest.mark.parametrize("name", packed.ABOUT_TEXT)
 def test_what_is_said_of_captions_must_be_complete(pack, refused, name):
     out = pack()
     about = json.loads((out / "data.json").read_text())

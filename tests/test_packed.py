@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 import haste_train
+import packed
 import prepare as prepare_program
 import run
 import vae
@@ -44,7 +45,7 @@ def prepare(tmp_path, capsys):
 
 def test_arrays_are_crops_and_their_moments(packed_folder):
     photos, net = packed_folder.parent / "photos", vae.load_vae(packed_folder.parent / "vae.pt")
-    about, found = data.read_about(packed_folder), arrays(packed_folder)
+    about, found = packed.read_about(packed_folder), arrays(packed_folder)
     files = json.loads((packed_folder / "files.json").read_text())
     assert about["classes"] == ["a", "b", "c"] and about["complete"] and about["rows"] == len(files) == 12
     assert files == [f"{c}/{i}.png" for c in "abc" for i in range(4)]
@@ -114,7 +115,7 @@ def test_interrupted_preparation_resumes(prepare, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(vae.AutoencoderKL, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(photos)
-    assert not data.read_about(tmp_path / "set")["complete"]
+    assert not packed.read_about(tmp_path / "set")["complete"]
     with pytest.raises(ValueError, match="set is not finished: run prepare.py once more"):
         data.open_data(str(tmp_path / "set"))
     out = prepare(photos)
@@ -136,14 +137,14 @@ def test_a_start_that_was_killed_leaves_room_for_the_next(prepare, tmp_path, mon
 
 
 def test_a_row_that_was_lost_is_not_called_complete(prepare, tmp_path, monkeypatch):
-    photos, write = photographs(tmp_path / "photos"), data.Rows.write
-    monkeypatch.setattr(data.Rows, "write", lambda self, rows, values: write(
+    photos, write = photographs(tmp_path / "photos"), packed.Rows.write
+    monkeypatch.setattr(packed.Rows, "write", lambda self, rows, values: write(
         self, rows[:-1] if "done" in self.file.name else rows, values))
     with pytest.raises(SystemExit, match="lacks 3 rows that were written: give the same command again"):
         prepare(photos)
     monkeypatch.undo()
     prepare(photos)
-    assert data.read_about(tmp_path / "set")["complete"]
+    assert packed.read_about(tmp_path / "set")["complete"]
 
 
 def test_a_disk_error_is_not_a_bad_image(prepare, tmp_path, monkeypatch):
@@ -196,7 +197,7 @@ def test_bad_images_stop_or_are_skipped(odd_photos, prepare, capsys):
     out = prepare(odd_photos, "--on-bad", "skip")                           # resumes where it stopped
     text = capsys.readouterr().out
     assert text.count("skipped: ") == 5 and "4 images are packed, 5 skipped" in text
-    assert data.read_about(out)["skipped"] == [f"bad/{n}" for n in ("cut.jpg", "deep.png", "empty.png", "long.png",
+    assert packed.read_about(out)["skipped"] == [f"bad/{n}" for n in ("cut.jpg", "deep.png", "empty.png", "long.png",
                                                                        "text.png")]
     s = data.open_data(str(out))
     assert len(s.train) == 4 and s.train.labels.tolist() == [1] * 4 and s.classes == ["bad", "good"]
@@ -286,7 +287,7 @@ def test_disk_that_fills_during_the_work_loses_nothing(prepare, tmp_path, monkey
     with pytest.raises(SystemExit) as e:
         prepare(photos)
     assert f"set/{name}.npy could not be written (No space left on device): make room" in str(e.value)
-    assert "\n" not in str(e.value) and not data.read_about(tmp_path / "set")["complete"]
+    assert "\n" not in str(e.value) and not packed.read_about(tmp_path / "set")["complete"]
     monkeypatch.undo()
     assert all(np.array_equal(a, whole[k]) for k, a in arrays(prepare(photos)).items())
 
@@ -390,8 +391,8 @@ def test_training_on_packed_latents(packed_haste, packed_folder, tmp_path):
 
 
 def test_no_image_is_read_once_the_guidance_has_ended(packed_haste, monkeypatch):
-    read, opened = data.Rows.read, []
-    monkeypatch.setattr(data.Rows, "read", lambda self, rows: (opened.append(self.file.name[-11:]),
+    read, opened = packed.Rows.read, []
+    monkeypatch.setattr(packed.Rows, "read", lambda self, rows: (opened.append(self.file.name[-11:]),
                                                                  read(self, rows))[1])
     for flags, most in ((["--stop", "3"], 3), (["--stop", "never"], 7), (["--align", "none"], 0)):
         opened.clear()

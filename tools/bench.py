@@ -35,6 +35,7 @@ import data
 import ddp
 import fid
 import haste_train
+import packed
 import prepare
 import run
 import sit
@@ -362,7 +363,7 @@ def bench_loader(argv):
         print("| reader | what | samples/s | MiB/s | resident MiB at 0, 25, 50, 75, 100 % "
               "of an epoch |\n|---|---|---|---|---|")
         for images, what in ((False, "moments"), (True, "images and moments")):
-            readers = {"data.py": data.PackedSet, "mapped": MappedSet}
+            readers = {"packed.py": packed.PackedSet, "mapped": MappedSet}
             epochs = {name: [] for name in readers}
             for _ in range(args.repeats + 1):
                 for name, reader in readers.items():

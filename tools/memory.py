@@ -23,7 +23,7 @@ from tools import measure, straightforward, training
 PROCESSES = 8
 PROGRAM = "python -m tools.bench"
 STATE_BYTES = 22                                                            # of a parameter: see `preset_memory`
-FOR_LAPTOPS = ("digits", "scenes", f"{training.XAR}digits")                 # presets that need no GPU
+FOR_LAPTOPS = ("digits", "scenes", "clutter", f"{training.XAR}digits")                 # presets that need no GPU
 
 
 # ---- what a forward keeps for its backward
@@ -112,8 +112,8 @@ def xar_activations(cfg, depth):
 
 def teacher_sizes(cfg):
     """Return width and heads of a preset's teacher."""
-    config = dict(embed_dim=64, num_heads=4)                                # what teacher.train_small makes
-    if cfg.teacher != "small":
+    config = dict(num_heads=4, **align.SMALL_TEACHERS.get(cfg.teacher, {}))
+    if cfg.teacher not in align.SMALL_TEACHERS:
         config, _ = teachers.TEACHERS[cfg.teacher]
     return config["embed_dim"], config["num_heads"]
 
@@ -138,7 +138,7 @@ def haste_memory(cfg):
     frozen = 0
     with torch.device("meta"):
         model = models.create(arch)
-        if cfg.align != "none" and cfg.teacher != "small":
+        if cfg.align != "none" and cfg.teacher not in align.SMALL_TEACHERS:
             config, _ = teachers.TEACHERS[cfg.teacher]
             family = cfg.teacher.split("_")[0]
             frozen += count_parameters(teachers.ViT(**config, family=family))

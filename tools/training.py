@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 import align
+import clutter
 import data
 import ddp
 import haste_train
@@ -28,7 +29,8 @@ PROGRAM = "python -m tools.bench train"
 CLASSES = 1000                                                              # of ImageNet
 XAR = "xar-"                                                                # first letters of xar_train.py's presets
 # channels and side of images that need no autoencoder
-PIXELS = {"digits": (1, 8), "scenes": (1, scenes.CANVAS), "cifar10": (3, 32)}
+PIXELS = {"digits": (1, 8), "scenes": (1, scenes.CANVAS),
+          "clutter": (1, clutter.CANVAS), "cifar10": (3, 32)}
 LATENTS = {4: 8, 16: 16}                                                    # an autoencoder's channels: its factor
 # the text tower of ViT-L/14
 CLIP = dict(vocabulary=49_408, length=77, width=768, depth=12, num_heads=12)

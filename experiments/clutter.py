@@ -1,0 +1,121 @@
+"""What a teacher is worth where meaning counts: SiT on clutter, at equal steps, three seeds.
+
+    python -m experiments.clutter               plain, REPA, HASTE and its parts: 21 runs,
+                                                two at a time on one thread each
+    python -m experiments.clutter settings      how plain training was tuned: one seed
+
+Every run is `python haste_train.py FLAGS` with the flags printed here; the same command resumes,
+and reads only the log of a run that is finished. Levels of quality are those of plain training of
+the same seed: same order, same noise of the evaluation.
+"""
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+import models
+import run
+import sit
+from experiments import study
+from haste_train import Config
+
+STEPS = 2400
+EVERY = 200                                                                 # steps between evaluations
+SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)                            # of the table over steps
+MARKS = (STEPS // 2, STEPS)                                                 # where plain training sets the levels
+CLUTTER = ["--preset", "clutter"]
+AUTO = ["--stop", "auto"]
+GROUPS = {  # {group: {name in the tables: flags}}; the first method sets the levels
+    "methods": {
+        "plain": [*CLUTTER, "--align", "none"],
+        "REPA": [*CLUTTER, "--align", "repa", "--stop", "never"],
+        "attention only": [*CLUTTER, "--feature-weight", "0", "--stop", "never"],
+        "HASTE, until a quarter": [*CLUTTER, "--stop", str(STEPS // 4)],
+        "HASTE, until half": [*CLUTTER, "--stop", str(STEPS // 2)],
+        # below a threshold that no cosine reaches: it is logged all through
+        "HASTE, never stopped": [*CLUTTER, *AUTO, "--stop-threshold", "-1"],
+        "HASTE, automatic": [*CLUTTER, *AUTO],
+    },
+}
+SCORES = {  # column of the log: title, digits, unit
+    "accuracy": ("accuracy %", 1, 100),
+    "fd": ("Fréchet distance", 2, 1),
+    "fd_pixels": ("on pixels", 3, 1),
+}
+OVER_STEPS = {key: SCORES[key] for key in ("accuracy", "fd")}
+PANELS = {"accuracy": ("accuracy", "linear"),
+          "fd": ("Fréchet distance on the classifier's features", "linear")}
+PICTURED = ("plain", "REPA", "HASTE, until half")
+EACH = 2                                                                    # samples of a digit in the picture
+
+
+# ---- the trigger
+
+def cosines(folder):
+    """Return the steps of a run with --stop auto at which its gradients met, and their cosines."""
+    rows = [row for row in run.read_log(folder / "log.jsonl") if "grad_cosine" in row]
+    return np.array([[row["step"], row["grad_cosine"]] for row in rows]).T
+
+
+def print_trigger(out, seeds):
+    """Print where the automatic trigger has ended the alignment of each seed."""
+    for seed in range(seeds):
+        folder = study.folder_of("HASTE, automatic", seed, out)
+        tau = torch.load(folder / "ckpt.pt", weights_only=True)["tau"]
+        print(f"seed {seed}: the trigger ended the alignment at step {tau}")
+    print()
+
+
+def draw_cosines(out, seeds, path):
+    """Draw the cosine of both gradients over the runs that are never stopped."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 3))
+    for seed in range(seeds):
+        steps, values = cosines(study.folder_of("HASTE, never stopped", seed, out))
+        ax.plot(steps, values, label=f"seed {seed}", linewidth=1)
+    ax.axhline(Config.stop_threshold, color="gray", linestyle=":", label="threshold")
+    ax.set(title="cosine between the gradients of flow and alignment", xlabel="step")
+    ax.legend(fontsize="small")
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+# ---- the picture
+
+@torch.no_grad()
+def draw_samples(out, path):
+    """Draw samples of three methods' first seeds: same noise, same labels, same steps."""
+    y = torch.arange(10).repeat_interleave(EACH)
+    randn = run.indexed_randn(0, range(len(y)))
+    images = []
+    captions = []
+    for method in PICTURED:
+        ema = models.load(study.folder_of(method, 0, out) / "ckpt.pt")
+        noise = randn(torch.empty(len(y), ema.in_channels, ema.input_size, ema.input_size))
+        images.append(data.to_uint8(sit.sample_ode(ema, noise, y, num_steps=50)))
+        captions += [f"{method}, {STEPS} steps: 0 0 1 1 2 2 ... 9 9", *[""] * (len(y) - 1)]
+    evaluate.save_grid(torch.cat(images), path, len(y), side=40, captions=captions)
+
+
+def main():
+    args = study.arguments(__doc__.splitlines()[0], "out/clutter", GROUPS)
+    methods = GROUPS[args.group]
+    curves = study.train_all(methods, EVERY, args.out, args.seeds, args.jobs, STEPS,
+                             ("step", *SCORES))
+    study.print_last(curves, SCORES)
+    study.print_over_steps(curves, SHOWN, OVER_STEPS)
+    study.print_steps_to_levels(curves, "accuracy", "accuracy", -1, MARKS)
+    study.print_steps_to_levels(curves, "fd", "Fréchet distance", 1, MARKS)
+    picture = args.picture or args.out / f"{args.group}.png"
+    study.draw(curves, picture, PANELS, width=10, legend=0)
+    print_trigger(args.out, args.seeds)
+    draw_cosines(args.out, args.seeds, picture.with_name(f"{picture.stem}_cosine.png"))
+    draw_samples(args.out, picture.with_name(f"{picture.stem}_samples.png"))
+
+
+if __name__ == "__main__":
+    main()
