@@ -46,10 +46,6 @@ def choose_layers(cfg, teacher_depth=None):
     return feature_depth, pairs
 
 
-SMALL_TEACHERS = {                                                          # trained here; the others are loaded
-    "small": dict(embed_dim=64, depth=4),
-    "medium": dict(embed_dim=96, depth=6),
-}
 SMALL_TEACHER_BYTES = 2 ** 31                                               # images that it holds in memory, at most
 SMALL_TEACHER_IMAGES = 50_000
 
@@ -57,8 +53,7 @@ SMALL_TEACHER_IMAGES = 50_000
 def make_teacher(cfg, images, grid, processes):
     """Return the frozen teacher, with its position embedding on the student's token grid."""
     def trained():
-        print(f"preparing the {cfg.teacher} teacher (trained once, then kept in {cfg.cache})",
-              flush=True)
+        print(f"preparing the small teacher (trained once, then kept in {cfg.cache})", flush=True)
         # all images of a small set, evenly spaced ones of a large set
         fit = SMALL_TEACHER_BYTES // (3 * images.size ** 2)
         count = min(len(images.train), SMALL_TEACHER_IMAGES, fit)
@@ -69,11 +64,10 @@ def make_teacher(cfg, images, grid, processes):
         elif images.text is not None:                                       # no classes: as SimCLR
             labels = None
         net = teachers.train_small(data.to_rgb(pixels), labels, grid, steps=cfg.teacher_steps,
-                                   cache=cfg.cache, device=processes.device,
-                                   **SMALL_TEACHERS[cfg.teacher])
+                                   cache=cfg.cache, device=processes.device)
         return net.cpu()                                                    # to be sent to the other processes
 
-    if cfg.teacher not in SMALL_TEACHERS:
+    if cfg.teacher != "small":
         net = processes.main_first(lambda: teachers.load_teacher(cfg.teacher, cfg.teacher_weights))
     elif cfg.teacher_weights:
         net = teachers.load_small(cfg.teacher_weights)

@@ -82,7 +82,7 @@ class Config:
     stop_interval: int = 50  # with --stop auto: steps between two measurements of the angle
     stop_warmup: int = 100  # with --stop auto: steps before the first measurement
     stop_threshold: float = -0.05  # with --stop auto: alignment ends once the mean cosine falls below this
-    teacher: str = "small"  # small or medium (trained here, cached), or a name of teacher.py's TEACHERS
+    teacher: str = "small"  # small (trained here, cached), dinov2_vitb14, or another name of teacher.py's TEACHERS
     teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
     cache: str = "out/cache"  # where small teachers are kept
@@ -142,7 +142,8 @@ PRESETS = {
     "digits": dict(),
     # digits with captions; a teacher does not help there
     "scenes": dict(data="scenes", model="MMDiT-Ti/4", align="none", stop="250"),
-    "clutter": dict(data="clutter", model="SiT-Ti/4"),
+    # a digit among fragments of others: what the images mean counts more than their pixels
+    "clutter": dict(data="clutter", model="SiT-Ti/4", teacher_steps=900, stop="1000", steps=2000),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",

@@ -20,22 +20,27 @@ import sit
 from experiments import study
 from haste_train import Config
 
-STEPS = 2400
-EVERY = 200                                                                 # steps between evaluations
+STEPS = 2000
+EVERY = 250                                                                 # steps between evaluations
 SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)                            # of the table over steps
 MARKS = (STEPS // 2, STEPS)                                                 # where plain training sets the levels
 CLUTTER = ["--preset", "clutter"]
-AUTO = ["--stop", "auto"]
+PLAIN = [*CLUTTER, "--align", "none"]
 GROUPS = {  # {group: {name in the tables: flags}}; the first method sets the levels
     "methods": {
-        "plain": [*CLUTTER, "--align", "none"],
+        "plain": PLAIN,
         "REPA": [*CLUTTER, "--align", "repa", "--stop", "never"],
         "attention only": [*CLUTTER, "--feature-weight", "0", "--stop", "never"],
         "HASTE, until a quarter": [*CLUTTER, "--stop", str(STEPS // 4)],
         "HASTE, until half": [*CLUTTER, "--stop", str(STEPS // 2)],
-        # below a threshold that no cosine reaches: it is logged all through
-        "HASTE, never stopped": [*CLUTTER, *AUTO, "--stop-threshold", "-1"],
-        "HASTE, automatic": [*CLUTTER, *AUTO],
+        "HASTE, never stopped": [*CLUTTER, "--stop", "never"],
+        "HASTE, automatic": [*CLUTTER, "--stop", "auto", "--stop-interval", "100"],
+    },
+    "settings": {
+        "plain": PLAIN,
+        "learning rate 0.002": [*PLAIN, "--lr", "0.002"],
+        "EMA 0.995": [*PLAIN, "--ema", "0.995"],
+        "EMA 0.995, learning rate 0.008": [*PLAIN, "--ema", "0.995", "--lr", "0.008"],
     },
 }
 SCORES = {  # column of the log: title, digits, unit

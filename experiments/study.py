@@ -68,10 +68,11 @@ def train_all(methods, every, out, seeds, jobs, steps, columns, program="haste_t
     guided = [name for name, flags in methods.items() if "none" not in flags]
     for name in guided[:1]:
         one(name, 0)
+    waiting = {method: [] for method in methods}
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {}
-        for method in methods:
-            waiting[method] = [pool.submit(one, method, seed) for seed in range(seeds)]
+        for seed in range(seeds):                                           # all methods, then the next seed
+            for method in methods:
+                waiting[method].append(pool.submit(one, method, seed))
         return {method: [job.result() for job in submitted]
                 for method, submitted in waiting.items()}
 

@@ -112,8 +112,8 @@ def xar_activations(cfg, depth):
 
 def teacher_sizes(cfg):
     """Return width and heads of a preset's teacher."""
-    config = dict(num_heads=4, **align.SMALL_TEACHERS.get(cfg.teacher, {}))
-    if cfg.teacher not in align.SMALL_TEACHERS:
+    config = dict(embed_dim=64, num_heads=4)                                # what teacher.train_small makes
+    if cfg.teacher != "small":
         config, _ = teachers.TEACHERS[cfg.teacher]
     return config["embed_dim"], config["num_heads"]
 
@@ -138,7 +138,7 @@ def haste_memory(cfg):
     frozen = 0
     with torch.device("meta"):
         model = models.create(arch)
-        if cfg.align != "none" and cfg.teacher not in align.SMALL_TEACHERS:
+        if cfg.align != "none" and cfg.teacher != "small":
             config, _ = teachers.TEACHERS[cfg.teacher]
             family = cfg.teacher.split("_")[0]
             frozen += count_parameters(teachers.ViT(**config, family=family))
