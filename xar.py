@@ -90,18 +90,19 @@ def entities(name, G):
 
 # ---- attention
 
-def visible(entity_of, q, k):
-    """Return whether token q may see token k, a boolean tensor; entity_of [L].
+def visible(entity_of, copies=1):
+    """Return which token (row) may see which, a boolean [N,N]; entity_of [N].
 
-    Tokens L ... 2L - 1 are a second, noisy copy of the sequence (teacher forcing). It sees itself
-    and the clean entities before it, but not its own clean original.
+    With two copies [2N,2N], the second one is noisy (teacher forcing). It sees itself and the clean
+    entities before it, but not its own clean original.
     """
-    L = len(entity_of)
-    e_q = entity_of[q % L]
-    e_k = entity_of[k % L]
-    first_sees = (k < L) & (e_k <= e_q)
-    second_sees = torch.where(k < L, e_k < e_q, e_k == e_q)
-    return torch.where(q < L, first_sees, second_sees)
+    own = entity_of[:, None] == entity_of
+    sees = entity_of[:, None] >= entity_of
+    if copies == 1:
+        return sees
+    first = torch.cat([sees, torch.zeros_like(own)], dim=1)
+    second = torch.cat([sees & ~own, own], dim=1)
+    return torch.cat([first, second])
 
 
 def needs_mask(M, N):
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, sizes, rope, mask, past):
-        """Return the output for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin), or None."""
+        """Return output, (q, k) for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin), None."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
@@ -162,7 +163,7 @@ class Attention(nn.Module):
 
         dropout = self.attn_dropout if self.training else 0.0
         out = attention(q, k, v, sizes, mask, dropout)  # [B,H,N,d]
-        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape))), (q, k)
 
 
 # ---- modules
@@ -229,12 +230,22 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, dropout)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, sizes, rope, mask, past):  # x [B,groups,m,D], c [B,M,D]
+    def forward(self, x, c, sizes, rope, mask, past, tap=False):  # x [B,groups,m,D], c [B,M,D]
         mod = per_token(self.ada_lin(c), sizes)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.chunk(6, dim=-1)
-        out = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, past)
+        out, qk = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, past)
         x = x + gamma1 * out
-        return x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        x = x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        if tap:  # elsewhere their memory is free at once
+            return x, qk
+        return x, None
+
+
+def initialize(net):
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
 
 
 # ---- model
@@ -246,11 +257,15 @@ class XAR(nn.Module):
     class ids (num_classes, or None, is no label). The first entities may be given alone: later ones
     change nothing. `clean` [B,L,C] is the context of teacher forcing: entity n then sees the clean
     entities before it, and itself. Parameter names and `quantize_t` are the official checkpoints'.
+
+    For an alignment, `model(..., tap_layers=[i, ...])` -> v, z, taps: z [B,L,z_dim] is the projected
+    output of the first feature_depth blocks, or None, and taps are (q, k) of blocks, encoder then
+    decoder, each [B,H,L,d] after the rotation, unscaled; with `clean` [B,H,2L,d].
     """
 
     def __init__(self, grid=16, channels=16, dim=768, encoder_depth=8, decoder_depth=8,
                  num_heads=12, num_classes=1000, entity="cell:8", dropout=0.0, attn_dropout=0.0,
-                 quantize_t=False):
+                 quantize_t=False, z_dim=None, projector_dim=2048, feature_depth=None):
         super().__init__()
         if dim % (4 * num_heads):
             raise ValueError(f"width {dim} must be a multiple of 4 times the {num_heads} heads")
@@ -258,7 +273,7 @@ class XAR(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.entity = entity
-        self.attn_dropout = attn_dropout
+        self.feature_depth = feature_depth
 
         # Of each token: its level's grid g, its raster index there, and its place on the finest
         # grid. A coarse token sits at the centre of what it averages.
@@ -276,8 +291,8 @@ class XAR(nn.Module):
         def constant(name, value):
             self.register_buffer(name, torch.tensor(value), persistent=False)
 
-        constant("order", order)                                 # [L]
-        constant("entity_of", entity_of)                         # [L]
+        constant("order", order)  # [L]
+        constant("entity_of", entity_of)  # [L]
         constant("rope_cos", np.cos(angles).astype(np.float32))  # [L,d/2]
         constant("rope_sin", np.sin(angles).astype(np.float32))  # [L,d/2]
 
@@ -298,13 +313,16 @@ class XAR(nn.Module):
         self.decoder_norm = nn.RMSNorm(dim, eps=EPS)
         self.pred = nn.Linear(dim, channels)
 
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        initialize(self)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         nn.init.normal_(self.encoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
+        self.projector = None
+        if z_dim is not None:  # last: all other weights of a seed are the same without it
+            P = projector_dim
+            self.projector = nn.Sequential(nn.Linear(dim, P), nn.SiLU(), nn.Linear(P, P),
+                                           nn.SiLU(), nn.Linear(P, z_dim))
+            initialize(self.projector)
 
     # -- tokens
 
@@ -313,10 +331,10 @@ class XAR(nn.Module):
         return sum((k < g) * k * k for k in self.levels)
 
     def to_tokens(self, latent):
-        """Return a latent [B,C,h,w] as tokens [B,L,C] in entity order."""
+        """Return a latent, or any map [B,C,G,G] of the grid, as tokens [B,L,C] in entity order."""
         G = self.grid
-        if latent.shape[1:] != (self.channels, G, G):
-            raise ValueError(f"latent {list(latent.shape)} must be [B,{self.channels},{G},{G}]")
+        if latent.shape[2:] != (G, G):
+            raise ValueError(f"latent {list(latent.shape)} must be [B,C,{G},{G}]")
         levels = []
         for g in self.levels:
             level = latent if g == G else F.adaptive_avg_pool2d(latent, g)
@@ -339,30 +357,36 @@ class XAR(nn.Module):
 
     # -- network
 
-    def forward(self, tokens, t, y=None, clean=None):
+    def forward(self, tokens, t, y=None, clean=None, tap_layers=None):
         N = tokens.shape[1]
         M = t.shape[1]
         sizes = self.sizes[:M]
         if N != sum(sizes):
             raise ValueError(f"{N} tokens do not fit the {M} times: entities have {sizes} tokens")
-        rows = torch.arange(N, device=tokens.device)
+        copies = 1
         if clean is not None:
             # teacher forcing: a clean copy of the sequence goes first, at t = 0
-            tokens = torch.cat([clean, tokens], dim=1)      # [B,2N,C]
+            copies = 2
+            tokens = torch.cat([clean, tokens], dim=1)  # [B,2N,C]
             t = torch.cat([torch.zeros_like(t), t], dim=1)  # [B,2M]
-            sizes = 2 * sizes
-            rows = rows.repeat(2)
+        rows = torch.arange(N, device=tokens.device).repeat(copies)
         mask = None
         if clean is not None or needs_mask(M, N):
-            i = torch.arange(len(rows), device=rows.device)
-            mask = visible(self.entity_of[:N], i[:, None], i)  # [N,N], with `clean` [2N,2N]
-        return self.network(tokens, t, y, sizes, rows, mask)[:, -N:]
+            mask = visible(self.entity_of[:N], copies)
+        v, h, qk = self.network(tokens, t, y, copies * sizes, rows, mask, tapped=tap_layers or ())
+        v = v[:, -N:]
+        if tap_layers is None:
+            return v
+        z = None
+        if self.projector is not None:
+            z = self.projector(h[:, -N:])  # [B,N,z_dim]
+        return v, z, [qk[i] for i in tap_layers]
 
-    def network(self, tokens, t, y, sizes, rows, mask=None, kv_cache=None, begin=0):
+    def network(self, tokens, t, y, sizes, rows, mask=None, kv_cache=None, begin=0, tapped=()):
         """Return v [B,N,C] of tokens [B,N,C]: entities of `sizes`, at the places `rows` [N].
 
         `kv_cache` [blocks,2,B,H,L,d]: the tokens see its keys and values before `begin`, and write
-        their own behind them.
+        their own behind them. Also return what the projector gets, [B,N,D], and {i: (q, k)}.
         """
         if y is None:
             y = torch.full((len(t),), self.num_classes, device=t.device)
@@ -372,6 +396,8 @@ class XAR(nn.Module):
 
         x = self.z_proj_ln(self.z_proj(tokens) + self.encoder_pos_embed_learned[:, rows])
         x = x.unflatten(1, (groups, -1))  # [B,groups,m,D]
+        h = None
+        qk = {}
         for i, block in enumerate([*self.encoder_blocks, *self.decoder_blocks]):
             if i == len(self.encoder_blocks):
                 position = self.decoder_pos_embed_learned[:, rows].unflatten(1, (groups, -1))
@@ -379,10 +405,13 @@ class XAR(nn.Module):
             past = None
             if kv_cache is not None:
                 past = kv_cache[i], begin
-            x = block(x, c, sizes, rope, mask, past)
+            x, qk[i] = block(x, c, sizes, rope, mask, past, tap=i in tapped)
+            if i + 1 == self.feature_depth:
+                h = x.flatten(1, 2)
         kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(kind, enabled=False):  # a sampler adds up what is rounded here
-            return self.pred(self.decoder_norm(x)).flatten(1, 2)
+            v = self.pred(self.decoder_norm(x)).flatten(1, 2)
+        return v, h, qk
 
     # -- loss
 
@@ -394,30 +423,32 @@ class XAR(nn.Module):
         earlier entities (teacher forcing; ours: the paper does not say how). `net` is called in the
         model's place: DDP's wrapper.
         """
+        x_t, t, v, clean = self.noised(latent, t, noise, context)
+        if label_drop > 0 and y is not None:
+            dropped = torch.rand(len(y), device=y.device) < label_drop
+            y = torch.where(dropped, self.num_classes, y)
+        net = self if net is None else net
+        error = net(x_t, t, y, clean) - v
+        return error.square().mean()
+
+    def noised(self, latent, t=None, noise=None, context="random"):
+        """Return x_t [B,L,C], its times t, its velocity v, and the clean context or None."""
         if context not in CONTEXTS:
             raise ValueError(f"context {context} is none of {', '.join(CONTEXTS)}")
-        x = self.to_tokens(latent)                             # [B,L,C]
+        x = self.to_tokens(latent)  # [B,L,C]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # never a bfloat16 target
         if t is None:
             t = torch.randn(len(x), len(self.sizes), device=x.device).sigmoid()  # logit-normal
         if context in ("increasing", "decreasing"):
             t = t.sort(dim=1, descending=context == "decreasing")[0]
         eps = torch.randn_like(x) if noise is None else noise
-        if y is None:
-            y = torch.full((len(x),), self.num_classes, device=x.device)
-        if label_drop > 0:
-            dropped = torch.rand(len(y), device=y.device) < label_drop
-            y = torch.where(dropped, self.num_classes, y)
-
-        t_ = t[:, self.entity_of, None]                 # [B,L,1]
-        x_t = (1 - t_) * x + t_ * eps                   # straight path
-        v = eps - x                                     # its velocity dx_t/dt
+        t_ = t[:, self.entity_of, None]  # [B,L,1]
+        x_t = (1 - t_) * x + t_ * eps  # straight path
+        v = eps - x  # its velocity dx_t/dt
         clean = None
         if context == "clean" and len(self.sizes) > 1:  # the first has no context
             clean = x.to(latent.dtype)
-        net = self if net is None else net
-        error = net(x_t.to(latent.dtype), t, y, clean) - v
-        return error.square().mean()
+        return x_t.to(latent.dtype), t, v, clean
 
     # -- sampling
 
@@ -438,9 +469,9 @@ class XAR(nn.Module):
         weight = self.pred.weight  # has device and dtype
         if isinstance(y, (int, np.integer)):
             y = torch.full((max(0, int(y)),), self.num_classes)
-            cfg_scale = 1.0        # c = u, there is nothing to guide
+            cfg_scale = 1.0  # c = u, there is nothing to guide
         y = self._class_ids(y).to(weight.device)
-        labels = y                 # [B], with guidance [2B]
+        labels = y  # [B], with guidance [2B]
         if cfg_scale != 1:
             labels = torch.cat([y, torch.full_like(y, self.num_classes)])
 
@@ -448,8 +479,8 @@ class XAR(nn.Module):
         self.eval()
         try:
             kv_cache = self._kv_cache(len(labels))
-            done = []                                          # finished entities, [B,m,C] each
-            begin = 0                                          # the next one's first token
+            done = []  # finished entities, [B,m,C] each
+            begin = 0  # the next one's first token
             for n, size in enumerate(self.sizes):
                 w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
                 guided = cfg_scale != 1 and (n > 0 or M == 1)  # the first of several has w = 1
@@ -497,7 +528,7 @@ class XAR(nn.Module):
         m = x.shape[1]
         t = x.new_full((len(labels), 1), t, dtype=torch.promote_types(x.dtype, torch.float32))
         rows = torch.arange(begin, begin + m, device=x.device)
-        return self.network(x, t, labels, [m], rows, kv_cache=kv_cache, begin=begin)
+        return self.network(x, t, labels, [m], rows, kv_cache=kv_cache, begin=begin)[0]
 
 
 # ---- sampling

@@ -203,7 +203,7 @@ def taught(net):
     for layer in net.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.bfloat16()
-    return haste_train.teacher_targets(net, pixels(1), [(0, 1)], run.autocast("auto", CUDA))
+    return align.teacher_targets(net, pixels(1), [(0, 1)], run.autocast("auto", CUDA))
 
 
 # name: (make the network on the CPU, --precision, what happens on CUDA, shapes that come out, their dtype or dtypes)

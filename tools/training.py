@@ -189,7 +189,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
 
     Captions are encoded already, as prepare.py can do it.
     """
-    feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
+    feature_depth, pairs = align.choose_layers(cfg, cfg.depth, cfg.depth, teacher.depth)
     arch = arch_of(cfg, args.channels, args.size, args.pixels)
     arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
     guided, free, plain, theirs = haste_states(cfg, arch, device)
@@ -204,7 +204,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
         def loss(rows):
             targets = None
             if state.model.projectors is not None:                          # autocast is on already
-                targets = haste_train.teacher_targets(teacher, pixels[rows], pairs, nullcontext())
+                targets = align.teacher_targets(teacher, pixels[rows], pairs, nullcontext())
             total, _ = haste_train.losses(state.model, x[rows], y[rows], t[rows], eps[rows],
                                           targets, pairs, cfg)
             return total
