@@ -1,4 +1,4 @@
-"""What a training run aligns: its teacher, on the student's grid of tokens, which layers, until when.
+"""What a training run aligns: its teacher, on the student's grid of tokens, and which layers.
 
     teacher = align.make_teacher(cfg, images, grid, processes)
     feature_depth, pairs = align.choose_layers(cfg, depth, depth, teacher.depth)
@@ -17,6 +17,7 @@ import haste
 import run
 import scenes
 import teacher as teachers
+import xar
 
 
 def check(cfg):
@@ -98,11 +99,39 @@ def make_teacher(cfg, images, grid, processes):
     return net.to(processes.device)
 
 
+def announce(cfg, teacher, tau, feature_depth, pairs, processes):
+    """Print what is aligned with which teacher, and until when."""
+    until = f"--stop {cfg.stop}" if tau == math.inf else f"until step {tau}"
+    shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
+    processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
+                    f"{feature_depth} blocks, attention of blocks {shown}")
+    if cfg.align == "haste" and not pairs:
+        processes.print("note: --entity scale aligns features only: attention needs tokens of the "
+                        "grid's own")
+
+
 def teacher_targets(teacher, pixels, pairs, autocast):
     """Return the teacher's tokens [b,N,D] and taps [(q, k), ...] for uint8 images [b,C,H,W]."""
     with torch.no_grad(), autocast:
         images = teacher.preprocess(data.to_rgb(pixels), teacher.grid)
         return teacher(images, [j for _, j in pairs])
+
+
+def in_entity_order(model, targets, clean):
+    """Return a teacher's tokens [B,L,D] and taps in an xAR's entity order, and who may see whom.
+
+    The mask [L,L] is None if all see all. With a clean context the student's sequence stands twice
+    in its taps, and so do the teacher's queries and keys: [B,H,2L,d], [2L,2L].
+    """
+    tokens, taps = targets                                                  # of the grid, in raster order
+    tokens = model.to_tokens(tokens.mT.unflatten(2, (model.grid, -1)))
+    copies = 1 if clean is None else 2
+    order = model.order.repeat(copies)
+    taps = [(q[:, :, order], k[:, :, order]) for q, k in taps]
+    mask = None
+    if len(model.sizes) > 1:
+        mask = xar.visible(model.entity_of, copies)
+    return tokens, taps, mask
 
 
 HELD_BATCH = 64                                                             # images of the held batch

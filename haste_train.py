@@ -459,10 +459,7 @@ def train(cfg, processes, stop):
                     f"tokens; align {cfg.align}; {world} process(es) on {device.type}, "
                     f"{run.precision(cfg.precision, device)}")
     if teacher is not None:
-        until = f"--stop {cfg.stop}" if tau == math.inf else f"until step {tau}"
-        shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
-        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
-                        f"{model.encoder_depth} blocks, attention of blocks {shown}")
+        align.announce(cfg, teacher, tau, model.encoder_depth, pairs, processes)
 
     for step in range(start, cfg.steps):
         done = step + 1

@@ -5,8 +5,7 @@
     x = model.sample(y, num_steps=40, cfg_scale=2.7)
     model = xar.load_xar("xAR-B.pth")                   # the official checkpoints, and ours
 
-Papers: xAR, "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (Ren et al.
-2025, arXiv 2502.20388); its sampler is SiT's stochastic one (Ma et al. 2024, 2401.08740).
+Papers: xAR (Ren et al. 2025, arXiv 2502.20388); SiT's sampler (Ma et al. 2024, 2401.08740).
 
 An image's tokens form an ordered list of entities X_0 ... X_{M-1}: single tokens, cells,
 interleaved sets, or scales. Time runs from t = 0 (data) to t = 1 (noise), for each entity its own:
@@ -41,8 +40,7 @@ XAR_CONFIGS = {"xAR-Ti": dict(dim=64, encoder_depth=3, decoder_depth=3, num_head
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS = 1e-6  # of all norms
 LAST_STEP = 0.04  # the sampler's last noisy time, SiT's
-# up to so many entities, of so many tokens or more on average, get a call of attention each: faster
-# than one call with a mask
+# up to so many entities, of so many tokens or more on average, get a call of attention each
 MOST_CALLS = 16
 TOKENS_A_CALL = 32
 
@@ -148,7 +146,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, sizes, rope, mask, past):
-        """Return output, (q, k) for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin), None."""
+        """Return (output, (q, k)) for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin)."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
@@ -168,9 +166,9 @@ class Attention(nn.Module):
 
 # ---- modules
 
-# Modulation is one vector an entity, and broadcasting applies it to the tokens of a group.
-# Entities of equal size are a group each: x [B,M,m,D], modulation [B,M,1,D], nothing is copied.
-# A pyramid's levels differ in size, so all tokens are one group: x [B,1,N,D], modulation the same.
+# Modulation is one vector an entity, broadcast over the tokens of a group. Entities of equal size
+# are a group each: x [B,M,m,D], modulation [B,M,1,D], nothing is copied. A pyramid's levels differ
+# in size, so all tokens are one group: x [B,1,N,D], modulation the same.
 
 def count_groups(sizes):
     return len(sizes) if len(set(sizes)) == 1 else 1
@@ -196,15 +194,15 @@ class TimeEmbedder(nn.Module):
     def __init__(self, dim, quantize, frequencies=128):
         super().__init__()
         self.quantize = quantize
-        self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
         t = 1000 * t.to(torch.promote_types(t.dtype, torch.float32))  # bfloat16 would blur t
         if self.quantize:
             t = t.floor()
-        i = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-        args = t[..., None] * torch.exp(-math.log(10000) / self.frequencies * i)  # [B,M,128]
+        half = self.mlp[0].in_features // 2
+        i = torch.arange(half, device=t.device, dtype=t.dtype)
+        args = t[..., None] * torch.exp(-math.log(10000) / half * i)  # [B,M,128]
         waves = torch.cat([args.cos(), args.sin()], dim=-1)  # [B,M,256]
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
@@ -254,13 +252,13 @@ class XAR(nn.Module):
     """Velocities of an image's entities, each given the earlier ones.
 
     `model(tokens, t, y)` -> v [B,L,C]: tokens [B,L,C] in entity order, t [B,M] in [0, 1], y [B]
-    class ids (num_classes, or None, is no label). The first entities may be given alone: later ones
-    change nothing. `clean` [B,L,C] is the context of teacher forcing: entity n then sees the clean
-    entities before it, and itself. Parameter names and `quantize_t` are the official checkpoints'.
+    class ids (num_classes, or None, is no label). The first entities may stand alone. `clean`
+    [B,L,C] is the context of teacher forcing: entity n sees the clean ones before it, and itself.
+    Parameter names and `quantize_t` are the official checkpoints'.
 
-    For an alignment, `model(..., tap_layers=[i, ...])` -> v, z, taps: z [B,L,z_dim] is the projected
-    output of the first feature_depth blocks, or None, and taps are (q, k) of blocks, encoder then
-    decoder, each [B,H,L,d] after the rotation, unscaled; with `clean` [B,H,2L,d].
+    For an alignment, `model(..., tap_layers=[i, ...])` -> v, z, taps: z [B,L,z_dim], the projected
+    output of block feature_depth - 1, or None; taps, (q, k) [B,H,L,d] of each block, encoder then
+    decoder, after the rotation, unscaled; with `clean` [B,H,2L,d].
     """
 
     def __init__(self, grid=16, channels=16, dim=768, encoder_depth=8, decoder_depth=8,
@@ -288,13 +286,11 @@ class XAR(nn.Module):
         entity_of = np.repeat(np.arange(len(parts)), self.sizes)
         angles = rope_angles(rows, cols, dim // num_heads)
 
-        def constant(name, value):
-            self.register_buffer(name, torch.tensor(value), persistent=False)
-
-        constant("order", order)  # [L]
-        constant("entity_of", entity_of)  # [L]
-        constant("rope_cos", np.cos(angles).astype(np.float32))  # [L,d/2]
-        constant("rope_sin", np.sin(angles).astype(np.float32))  # [L,d/2]
+        tables = dict(order=order, entity_of=entity_of,  # [L] each
+                      rope_cos=np.cos(angles).astype(np.float32),  # [L,d/2]
+                      rope_sin=np.sin(angles).astype(np.float32))
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table), persistent=False)
 
         def blocks(depth):
             return nn.ModuleList(Block(dim, num_heads, dropout, attn_dropout) for _ in range(depth))
@@ -334,11 +330,8 @@ class XAR(nn.Module):
         """Return a latent, or any map [B,C,G,G] of the grid, as tokens [B,L,C] in entity order."""
         G = self.grid
         if latent.shape[2:] != (G, G):
-            raise ValueError(f"latent {list(latent.shape)} must be [B,C,{G},{G}]")
-        levels = []
-        for g in self.levels:
-            level = latent if g == G else F.adaptive_avg_pool2d(latent, g)
-            levels.append(level.flatten(2))  # [B,C,g*g]
+            raise ValueError(f"map {list(latent.shape)} must be [B,C,{G},{G}]")
+        levels = [F.adaptive_avg_pool2d(latent, g).flatten(2) for g in self.levels]  # [B,C,g*g]
         return torch.cat(levels, dim=2)[:, :, self.order].mT
 
     def to_latent(self, tokens):
@@ -352,8 +345,7 @@ class XAR(nn.Module):
         g = max(g for g in self.levels if self._tokens_before(g) < N)
         begin = self._tokens_before(g)
         level = flat[:, :, begin:begin + g * g].view(B, C, g, g)
-        repeat = self.grid // g
-        return level.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)
+        return F.interpolate(level, self.grid)  # each value repeated
 
     # -- network
 
@@ -371,7 +363,7 @@ class XAR(nn.Module):
             t = torch.cat([torch.zeros_like(t), t], dim=1)  # [B,2M]
         rows = torch.arange(N, device=tokens.device).repeat(copies)
         mask = None
-        if clean is not None or needs_mask(M, N):
+        if copies == 2 or needs_mask(M, N):
             mask = visible(self.entity_of[:N], copies)
         v, h, qk = self.network(tokens, t, y, copies * sizes, rows, mask, tapped=tap_layers or ())
         v = v[:, -N:]
@@ -420,15 +412,14 @@ class XAR(nn.Module):
 
         latent [B,C,h,w], y [B] or None (no label). t [B,M] and noise [B,L,C], in entity order, are
         drawn if not given. `context`: independent times, times sorted along the order, or clean
-        earlier entities (teacher forcing; ours: the paper does not say how). `net` is called in the
-        model's place: DDP's wrapper.
+        earlier entities (teacher forcing, ours). `net` is called in the model's place: DDP's
+        wrapper.
         """
         x_t, t, v, clean = self.noised(latent, t, noise, context)
         if label_drop > 0 and y is not None:
             dropped = torch.rand(len(y), device=y.device) < label_drop
             y = torch.where(dropped, self.num_classes, y)
-        net = self if net is None else net
-        error = net(x_t, t, y, clean) - v
+        error = (net or self)(x_t, t, y, clean) - v
         return error.square().mean()
 
     def noised(self, latent, t=None, noise=None, context="random"):
@@ -466,7 +457,7 @@ class XAR(nn.Module):
         its noisy steps. Raises ValueError for a label out of range.
         """
         M = len(self.sizes)
-        weight = self.pred.weight  # has device and dtype
+        weight = self.pred.weight
         if isinstance(y, (int, np.integer)):
             y = torch.full((max(0, int(y)),), self.num_classes)
             cfg_scale = 1.0  # c = u, there is nothing to guide
@@ -547,7 +538,7 @@ def reverse_sde(velocity, x, num_steps, randn, start=1.0):
     """
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be 1 or more")
-    # The last step has no noise, and begins before the score's 1 / t grows without bound.
+    # The last step, without noise, begins before the score's 1 / t grows without bound.
     ts = [*np.linspace(start, LAST_STEP, num_steps).tolist(), 0.0]
     for t, t_next in zip(ts, ts[1:]):
         x = x + ((2 - t) * velocity(x, t) + x) * (t_next - t)
@@ -564,10 +555,9 @@ OFFICIAL_ENTITY = "cell:8"
 def load_xar(path, num_heads=None):
     """Load an XAR from a checkpoint, ours or the official one, in eval mode.
 
-    Sizes come from the tensors. Files with `rope.*` are official: cells of 8 x 8, and times in
-    whole thousandths. Ours say the rest in "arch". A bare state dict is taken for cells of 8 x 8
-    and a published width. `model.packed_from` describes the autoencoder of the latents, if the
-    file does. Raises FileNotFoundError or ValueError, one line.
+    Sizes come from the tensors, the rest from "arch" in ours. Without it, cells are of 8 x 8; files
+    with `rope.*` are official, and have times in whole thousandths. `model.packed_from` describes
+    the latents' autoencoder, if the file does. Raises FileNotFoundError or ValueError, one line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file: give a checkpoint's path")
@@ -616,7 +606,7 @@ def _from_content(content, num_heads):
                 quantize_t=table is not None or bool(config.get("quantize_t")))
     try:
         model.load_state_dict(sd)
-    except RuntimeError as e:  # torch's list of missing and unexpected names, and shapes
+    except RuntimeError as e:  # torch's list of names and shapes
         raise ValueError(f"does not fit the model: {' '.join(str(e).split())[:300]}") from None
     model.packed_from = content.get("packed_from")
     return model

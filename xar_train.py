@@ -1,27 +1,25 @@
-"""Train xAR: next-X prediction with noisy context, alone or aligned with a teacher first (HASTE).
+"""Train xAR: next-X prediction with noisy context, alone or with a teacher first.
 
     python xar_train.py                                 next-cell on digits, two minutes on a CPU
     python xar_train.py --entity scale --out out/scale  coarse to fine
     python xar_train.py --align haste --out out/guided  a teacher guides the first 500 steps
     torchrun --nproc_per_node=8 xar_train.py --preset imagenet256-b --data PACKED
 
-Papers: xAR (Ren et al. 2025, arXiv 2502.20388), HASTE (Wang et al. 2025, 2505.16792), REPA (Yu et
-al. 2025, 2410.06940); their combination is ours. Time runs from t = 0 (data) to t = 1 (noise), for
-each entity its own. Step n = 0, 1, ... minimises, averaged over all entities X with their noise,
+Papers: xAR (Ren et al. 2025, arXiv 2502.20388), HASTE (Wang et al. 2025, 2505.16792); aligning xAR
+is ours. Time runs from t = 0 (data) to t = 1 (noise), for each entity its own. Step n = 0, 1, ...
+minimises, over all entities X with their noise,
 
     n <  tau    E|v - (eps - X)|^2  +  w_f feature alignment  +  w_a attention alignment
-    n >= tau    E|v - (eps - X)|^2          `XAR.loss`; teacher and projector are gone
+    n >= tau    E|v - (eps - X)|^2      XAR.loss: teacher and projector are gone
 
-Tokens stand in entity order, and each sees its own and earlier entities alone. So the teacher's are
-brought into that order, and its attention is compared over the keys that the student's may see.
+Attention is compared over the keys that the student may see: its own and earlier entities'.
 
-Everything random in step n except dropout is drawn for the whole batch from one generator seeded by
-(seed, n), and then sliced. So results do not depend on the number of processes, up to rounding, and
-a resumed run continues as if nothing had happened. Dropout is each process's own, seeded by (seed,
-n, rank).
+What is random in step n is drawn for the whole batch from (seed, n), and then sliced. So results do
+not depend on the number of processes, up to rounding, and a resumed run is the straight one.
+Dropout is each process's own, seeded by (seed, n, rank).
 
-Read `losses`, then the loop in `train`, which is haste_train.py's. The alignment ends in its phase 1.
-Letters: B batch (b of one process), C channels, h w height and width, L tokens, M entities, D width.
+Read `losses`, then the loop in `train`; it is haste_train.py's. The alignment ends in its phase 1.
+Letters: B batch (b of one process), C channels, h w height and width, L tokens, M entities.
 """
 import copy
 import dataclasses
@@ -40,15 +38,16 @@ import data
 import ddp
 import evaluate
 import haste
+import models
 import run
 import teacher as teachers
 import vae
 import xar
 from haste import (attention_alignment, attention_alignment_grad, feature_alignment,
                    gradient_cosine, mean_over_pairs)
+from models import PROJECTOR
 
 PROGRAM = "xar_train.py"
-PROJECTOR = "projector."                                                    # first letters of its parameters' names
 
 
 @dataclass
@@ -133,13 +132,13 @@ PRESETS = {
                     entity="cell:8", dropout=0.1, attn_dropout=0.1, steps=50_000, batch_size=256,
                     accumulate=8, lr=4e-4, lr_end=1e-5, ema=0.9995, compile=None, log_every=100,
                     save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=40),
-    "imagenet256-b": dict(IMAGENET, model="xAR-B"),                         # FID 1.72 with 40 steps, guidance 2.7
-    # ours: aligned for a quarter of the run, as HASTE's SiT-B
+    "imagenet256-b": dict(IMAGENET, model="xAR-B"),  # FID 1.72 with 40 steps, guidance 2.7
+    # ours: aligned for a quarter of the run, as SiT-B
     "imagenet256-b-haste": dict(IMAGENET, model="xAR-B", align="haste", teacher="dinov2_vitb14",
                                 feature_weight=0.5, attention_weight=0.5, projector_dim=2048,
                                 stop="125114"),
-    "imagenet256-l": dict(IMAGENET, model="xAR-L", accumulate=4),           # 1.28 with 50 steps, 2.3
-    "imagenet256-h": dict(IMAGENET, model="xAR-H", accumulate=8),           # 1.24 with 50 steps, 2.2
+    "imagenet256-l": dict(IMAGENET, model="xAR-L", accumulate=4),  # 1.28 with 50 steps, 2.3
+    "imagenet256-h": dict(IMAGENET, model="xAR-H", accumulate=8),  # 1.24 with 50 steps, 2.2
 }
 
 
@@ -148,18 +147,18 @@ PRESETS = {
 def losses(model, net, x, y, t, eps, targets, pairs, cfg, exact=False):
     """Return the total loss of a batch, and its terms for the log ("loss" is the flow loss alone).
 
-    x [B,C,h,w] clean, y [B], t [B,M], eps [B,L,C]; targets: what the teacher returns, or None if the
-    alignment has ended. `net` is the model, or DDP's wrapper. With `exact`, the terms include the
-    true value of the attention loss: it costs a log-sum-exp, so only logged steps ask for it.
+    x [B,C,h,w] clean, y [B], t [B,M], eps [B,L,C]; targets: what the teacher returns, None from tau
+    on. `net` is the model, or DDP's wrapper. With `exact`, the terms include the true value of the
+    attention loss.
     """
     if targets is None:
-        flow = model.loss(x, y, t, eps, context=cfg.context, net=net)       # from tau on: nothing else
+        flow = model.loss(x, y, t, eps, context=cfg.context, net=net)  # from tau on: nothing else
         return flow, {"loss": flow}
 
     x_t, t, v, clean = model.noised(x, t, eps, cfg.context)
     v_hat, z, taps_s = net(x_t, t, y, clean, [i for i, _ in pairs])
     loss = (v_hat - v).square().mean()
-    tokens, taps_t, mask = in_entity_order(model, targets, clean)
+    tokens, taps_t, mask = align.in_entity_order(model, targets, clean)
     terms = {"loss": loss, "feature_loss": feature_alignment(z, tokens)}
     total = loss + cfg.feature_weight * terms["feature_loss"]
     if pairs:
@@ -172,33 +171,16 @@ def losses(model, net, x, y, t, eps, targets, pairs, cfg, exact=False):
     return total, terms
 
 
-def in_entity_order(model, targets, clean):
-    """Return the teacher's tokens [B,L,D] and taps in the student's order, and who may see whom.
-
-    The mask [L,L] is None if all may see all. With a clean context the student's sequence stands
-    twice, and so do the teacher's queries and keys: [B,H,2L,d], [2L,2L].
-    """
-    tokens, taps = targets                                                  # of the grid, in raster order
-    tokens = model.to_tokens(tokens.mT.unflatten(2, (model.grid, -1)))
-    copies = 1 if clean is None else 2
-    order = model.order.repeat(copies)
-    taps = [(q[:, :, order], k[:, :, order]) for q, k in taps]
-    mask = None
-    if len(model.sizes) > 1:
-        mask = xar.visible(model.entity_of, copies)
-    return tokens, taps, mask
-
-
 # ---- what else a step needs
 
 def learning_rate(cfg, step):
     """Return the learning rate of a step; warm-up and decay are shares of --steps."""
-    done = (step + 1) / cfg.steps                                           # share of the run, in (0, 1]
-    if done < cfg.warmup:                                                   # 1) linear warm-up
+    done = (step + 1) / cfg.steps  # share of the run, in (0, 1]
+    if done < cfg.warmup:  # 1) linear warm-up
         return done / cfg.warmup * cfg.lr
-    if done <= 1 - cfg.decay:                                               # 2) constant
+    if done <= 1 - cfg.decay:  # 2) constant
         return cfg.lr
-    falling = (done - (1 - cfg.decay)) / cfg.decay                          # 3) cosine, 0 ... 1
+    falling = (done - (1 - cfg.decay)) / cfg.decay  # 3) cosine, 0 ... 1
     return cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * falling)) / 2
 
 
@@ -224,41 +206,43 @@ def random_numbers(cfg, step, model, packed):
 def drop_projector(model, opt):
     """Remove the projector from model, optimizer and device; return its last weights, on the CPU.
 
-    They go into later checkpoints. The optimizer state of all other parameters stays as it is, bit
-    for bit; the average (EMA) never had a projector.
+    The optimizer state of all other parameters stays as it is, bit for bit.
     """
     opt.zero_grad()
-    for group in opt.param_groups[2:]:                                      # the projector's: matrices, vectors
+    for group in opt.param_groups[2:]:  # the projector's: matrices, vectors
         for p in group["params"]:
             opt.state.pop(p, None)
     del opt.param_groups[2:]
-    kept = {k: w.cpu() for k, w in model.state_dict().items() if k.startswith(PROJECTOR)}
+    kept = {name: w.cpu() for name, w in weights_of(model)["projector"].items()}
     model.projector = None
     return kept
 
 
-def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
-    """Return haste.gradient_cosine on a batch and noise that stay the same all through the run.
+def weights_of(model, kept=None):
+    """Return a checkpoint's "model", in the official layout, and its "projector"."""
+    weights = model.state_dict()
+    projector = {name: weights.pop(name) for name in list(weights) if name.startswith(PROJECTOR)}
+    return {"model": weights, "projector": projector or kept}
 
-    All entities are at the same time. Every process returns the same number.
-    """
-    device = processes.device
-    noise_shape = (sum(model.sizes), model.channels)
-    pixels, x, y, eps = align.held_batch(cfg, images, noise_shape, device)
+
+def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
+    """Return haste.gradient_cosine on the held batch, all entities at the same time."""
+    shape = (sum(model.sizes), model.channels)
+    pixels, x, y, eps = align.held_batch(cfg, images, shape, processes.device)
 
     def losses_at(time):
-        t = torch.full((len(x), len(model.sizes)), time, device=device)
+        t = torch.full((len(x), len(model.sizes)), time, device=x.device)
         total, terms = losses(model, model, x, y, t, eps, targets, pairs, cfg)
         return terms["loss"], total - terms["loss"]
 
-    block = model.encoder_blocks[model.feature_depth - 1]                   # the one below the projector
-    model.eval()                                                            # no dropout
-    with torch.compiler.set_stance("force_eager"):                          # a batch of another size: not compiled
+    block = model.encoder_blocks[model.feature_depth - 1]  # the one below the projector
+    model.eval()  # no dropout
+    with torch.compiler.set_stance("force_eager"):  # a batch of another size: not compiled
         targets = align.teacher_targets(teacher, pixels, pairs, autocast)
         with autocast:
             cosine = gradient_cosine(losses_at, block.parameters())
     model.train()
-    return processes.mean(cosine).item()                                    # so that all processes decide alike
+    return processes.mean(cosine).item()  # so that all processes decide alike
 
 
 # ---- from flags to objects: bad input is refused here, with one line
@@ -279,33 +263,27 @@ def check(cfg, world):
     sizes = dict(xar.XAR_CONFIGS[cfg.model])
     if cfg.depth:
         sizes.update(encoder_depth=cfg.depth // 2, decoder_depth=cfg.depth // 2)
-    if cfg.hidden_size:
-        sizes.update(dim=cfg.hidden_size)
-    if cfg.num_heads:
-        sizes.update(num_heads=cfg.num_heads)
+    sizes.update(dim=cfg.hidden_size or sizes["dim"],
+                 num_heads=cfg.num_heads or sizes["num_heads"])
     if sizes["dim"] % (4 * sizes["num_heads"]):
         raise ValueError(f"--hidden-size {sizes['dim']} must be a multiple of 4 x --num-heads "
                          f"{sizes['num_heads']}")
+    if cfg.entity == "scale":
+        run.refuse_changed(cfg, ("pairs",), "is not for --entity scale: leave it out")
     if cfg.align != "none":
-        choose_layers(cfg, sizes)                                           # raises if the flags are impossible
+        choose_layers(cfg, sizes)  # raises if the flags are impossible
     return sizes
 
 
 def choose_layers(cfg, sizes, teacher_depth=None):
-    """Return the feature depth and the pairs; a pyramid's coarse tokens are not the grid's: none."""
-    pyramid = cfg.entity == "scale"
-    if pyramid:
-        run.refuse_changed(cfg, ("pairs",), "needs tokens of the grid's own, which --entity scale "
-                                            "does not have: leave it out")
-    return align.choose_layers(cfg, sizes["encoder_depth"] + sizes["decoder_depth"],
-                               sizes["encoder_depth"], teacher_depth, features_only=pyramid)
+    """Return the feature depth and the pairs: none for a pyramid."""
+    encoder = sizes["encoder_depth"]
+    depth = encoder + sizes["decoder_depth"]
+    return align.choose_layers(cfg, depth, encoder, teacher_depth, cfg.entity == "scale")
 
 
 def build(cfg, sizes, saved, aligned, processes):
-    """Return the data, the teacher and its layer pairs, the model, and the model's arguments.
-
-    There is no teacher and there are no pairs unless `aligned`.
-    """
+    """Return the data, teacher and layer pairs (if `aligned`), the model, and its arguments."""
     images = data.open_alike(cfg, processes)
     channels, side, _ = images.shape
     run.require(cfg, images.text is None, "data",
@@ -331,45 +309,24 @@ def build(cfg, sizes, saved, aligned, processes):
     torch.manual_seed(cfg.seed)
     try:
         model = xar.XAR(**arch)
-    except ValueError as e:                                                 # "entity cell:3 does not divide ..."
+    except ValueError as e:  # "entity cell:3 does not divide ..."
         raise ValueError(f"--{e}") from None
     if initial is not None:
-        load_initial(model, initial, cfg)
+        run.require(cfg, initial.entity == cfg.entity, "init",
+                    f"was trained with --entity {initial.entity}: give the same")
+        models.load_initial(model, initial, cfg)
     return images, teacher, pairs, model.to(processes.device), arch
-
-
-def load_initial(model, initial, cfg):
-    """Copy the weights of --init, which has no projector."""
-    try:
-        if initial.entity != cfg.entity:
-            raise RuntimeError(f"its entity is {initial.entity}, --entity is {cfg.entity}")
-        model.load_state_dict({**projector_of(model), **initial.state_dict()})
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"--init {cfg.init} does not fit --model {cfg.model} and --data "
-                         f"{cfg.data}: {reason}") from None
-
-
-def projector_of(model):
-    """Return the projector's part of a model's state dict: {} if it has none."""
-    return {k: w for k, w in model.state_dict().items() if k.startswith(PROJECTOR)}
-
-
-def body_of(model):
-    """Return the parameters that are not the projector's: those of the average, in its order."""
-    return [p for name, p in model.named_parameters() if not name.startswith(PROJECTOR)]
 
 
 def training_state(cfg, model, saved):
     """Return the model's average (EMA), its optimizer, and a dropped projector's last weights.
 
-    The average has no projector. In the optimizer, the projector's two parameter groups come last,
-    and `drop_projector` can take them away. With `saved`, a checkpoint's content, all are as they
-    were.
+    The average has no projector; the optimizer has its two groups at the end, for `drop_projector`.
+    With `saved`, a checkpoint's content, all are as they were.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema.projector = None
-    parts = [body_of(model)]
+    parts = [[p for name, p in model.named_parameters() if not name.startswith(PROJECTOR)]]
     if model.projector is not None:
         parts.append(list(model.projector.parameters()))
     groups = []
@@ -383,45 +340,10 @@ def training_state(cfg, model, saved):
     if saved:
         model.load_state_dict({**saved["model"], **saved.get("projector", {})})
         ema.load_state_dict(saved["ema"])
-        if len(saved["opt"]["param_groups"]) < len(groups):                 # saved after the alignment had ended
+        if len(saved["opt"]["param_groups"]) < len(groups):  # saved after the alignment had ended
             kept = drop_projector(model, opt)
         opt.load_state_dict(saved["opt"])
     return ema, opt, kept
-
-
-def weights_of(model, kept):
-    """Return a checkpoint's "model", the official layout, and beside it the projector, if any."""
-    weights = model.state_dict()
-    projector = projector_of(model) or kept
-    if not projector:
-        return {"model": weights}
-    body = {name: w for name, w in weights.items() if name not in projector}
-    return {"model": body, "projector": projector}
-
-
-# ---- evaluation
-
-def evaluate_ema(ema, decode, reference, cfg, processes, autocast):
-    """Sample from the averaged weights, draw samples.png and growth.png; return scores to log."""
-    def tokens_of(rows):                                                    # indices [b] -> [b,L,C]
-        labels = rows % ema.num_classes
-        randn = run.indexed_randn(cfg.seed, rows)
-        return ema.sample_tokens(labels, cfg.eval_steps, cfg.eval_cfg, randn)
-
-    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
-        with autocast:
-            return data.to_uint8(decode(ema.to_latent(tokens_of(rows))))
-
-    samples = evaluate.draw_samples(cfg.eval_samples, draw, processes)
-    if not processes.main:
-        return {}
-    evaluate.sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
-
-    with autocast:
-        frames = evaluate.growth(ema, tokens_of(torch.arange(8)))                   # [8,frames,C,h,w]
-        pixels = data.to_uint8(decode(frames.flatten(0, 1)))
-    evaluate.save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
-    return evaluate.scores(samples, reference, ema.num_classes)
 
 
 # ---- the program
@@ -443,7 +365,7 @@ def train(cfg, processes, stop):
         tau = saved.get("tau", 0) if saved else align.first_free_step(cfg)  # older ones had no teacher
         images, teacher, pairs, model, arch = build(cfg, sizes, saved, start < tau, processes)
         ema, opt, kept = training_state(cfg, model, saved)
-        packed = images.packed                                              # None, or what data.json says
+        packed = images.packed  # None, or what data.json says
         decode = reference = None
         if cfg.eval_every:
             decode = processes.main_first(
@@ -463,46 +385,40 @@ def train(cfg, processes, stop):
     code = run.code_hash(*MODULES)
     checkpoint = Path(cfg.out, "ckpt.pt")
     if processes.main and saved is None:
-        checkpoint.unlink(missing_ok=True)                                  # an earlier run's: this run replaces it
+        checkpoint.unlink(missing_ok=True)  # an earlier run's: this run replaces it
     del saved
     if run.compiling(cfg, device):
         run.compile_blocks([*model.encoder_blocks, *model.decoder_blocks])
         if teacher is not None:
             run.compile_blocks(teacher.blocks)
     M = len(model.sizes)
-    masked = cfg.context == "clean" or xar.needs_mask(M, sum(model.sizes))
-    if masked or (cfg.align == "haste" and M > 1):                          # also after tau: a resumed run is the same
+    guided = cfg.align == "haste" and M > 1  # also after tau: a resumed run is the same
+    if guided or cfg.context == "clean" or xar.needs_mask(M, sum(model.sizes)):
         # with a mask, cuDNN's attention may have gradients that are not finite (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    net = processes.wrap(model)                                             # what the loss calls
+    net = processes.wrap(model)  # what the loss calls
 
     # this process's rows of every global batch
     per_process = cfg.batch_size // world
     part = per_process // cfg.accumulate
     mine = slice(processes.rank * per_process, (processes.rank + 1) * per_process)
     feed = data.batches(images.train, cfg.seed, start, cfg.batch_size, mine, device,
-                        wanted=lambda step: step < tau,                     # only the teacher looks at packed images
+                        wanted=lambda step: step < tau,  # only the teacher looks at packed images
                         draw=lambda step: random_numbers(cfg, step, model, packed))
 
-    bad = torch.full((), -1, device=device)                                 # the first step that was not finite
+    bad = torch.full((), -1, device=device)  # the first step that was not finite
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     processes.print(f"{cfg.model}, {millions:.1f} M parameters; {M} entities ({model.entity}) of "
                     f"{sum(model.sizes)} tokens, {cfg.context} context; align {cfg.align}; "
                     f"{world} process(es) on {device.type}, {run.precision(cfg.precision, device)}")
     if teacher is not None:
-        until = f"--stop {cfg.stop}" if tau == math.inf else f"until step {tau}"
-        shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
-        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
-                        f"{model.feature_depth} blocks, attention of blocks {shown}")
-        if cfg.align == "haste" and not pairs:
-            processes.print(f"note: --entity {cfg.entity} aligns features only: attention needs "
-                            f"tokens of the grid's own")
+        align.announce(cfg, teacher, tau, model.feature_depth, pairs, processes)
 
     for step in range(start, cfg.steps):
         done = step + 1
         evaluating = run.due(done, cfg.eval_every, cfg.steps)
         logging = evaluating or run.due(done, cfg.log_every, cfg.steps)
-        extra = {}                                                          # numbers that make any step a logged one
+        extra = {}  # numbers that make any step a logged one
 
         # 1. learning rate, and termination: from step tau on, teacher and projector are gone
         lr = learning_rate(cfg, step)
@@ -513,24 +429,24 @@ def train(cfg, processes, stop):
             logging = True
             if cosine < cfg.stop_threshold:
                 tau = step
-        if model.projector is not None and step >= tau:                     # also on a resume from exactly tau
+        if model.projector is not None and step >= tau:  # also on a resume from exactly tau
             # the last references to teacher and projector: their memory is free
-            teacher = targets = total = terms = value = group = net = None
+            teacher = targets = total = terms = value = group = weights = net = None
             kept = drop_projector(model, opt)
-            gc.collect()                                                    # compiled modules and DDP form cycles
+            gc.collect()  # compiled modules and DDP form cycles
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             net = processes.wrap(model)
             processes.print(f"step {step}: alignment ends, teacher and projector are gone")
 
         # 2. batch: drawn for all processes together, then sliced: their number does not matter
-        with run.one_line_errors(PROGRAM):                                  # reading may fail: a damaged image
+        with run.one_line_errors(PROGRAM):  # reading may fail: a damaged image
             pixels, moments, y, numbers = next(feed)
         eps, t, dropped, mirrored, posterior = numbers
-        y = torch.where(dropped, model.num_classes, y)                      # no label: for classifier-free guidance
-        pixels = data.mirror(pixels, mirrored)                              # [b,C,H,W] uint8, or None
+        y = torch.where(dropped, model.num_classes, y)  # no label: for classifier-free guidance
+        pixels = data.mirror(pixels, mirrored)  # [b,C,H,W] uint8, or None
         if packed:
-            x = data.to_latents(moments, mirrored, posterior, packed["scale"])              # [b,C,h,w]
+            x = data.to_latents(moments, mirrored, posterior, packed["scale"])  # [b,C,h,w]
         else:
             x = data.to_pixels(pixels)
 
@@ -543,7 +459,7 @@ def train(cfg, processes, stop):
             if teacher is not None:
                 targets = align.teacher_targets(teacher, pixels[rows], pairs, autocast)
             last_part = i + part == per_process
-            sync = nullcontext() if world == 1 or last_part else net.no_sync()              # once a step is enough
+            sync = nullcontext() if world == 1 or last_part else net.no_sync()  # once a step is enough
             with sync:
                 with autocast:
                     total, terms = losses(model, net, x[rows], y[rows], t[rows], eps[rows],
@@ -558,23 +474,24 @@ def train(cfg, processes, stop):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         opt.step()
         opt.zero_grad()
-        weights = [p.detach() for p in body_of(model)]
-        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - cfg.ema)
+        averages = list(ema.parameters())
+        weights = [p.detach() for p in model.parameters()][:len(averages)]  # without the projector's
+        torch._foreach_lerp_(averages, weights, 1 - cfg.ema)
 
         # 5. log, sample, save: the host waits for the device here only. The first step that is not
         # finite is noted on the device, so that looking for it costs nothing.
         bad = torch.where((bad < 0) & ~(norm + sums["loss"]).isfinite(), step, bad)
         stopping = stop.agreed()
-        evaluating = evaluating and (done == cfg.steps or not stopping)     # who stops a run may not wait for long
+        evaluating = evaluating and (done == cfg.steps or not stopping)  # who stops a run may not wait for long
         saving = stopping or done == cfg.steps or run.due(done, cfg.save_every, cfg.steps)
         if not (logging or saving):
             continue
-        run.refuse_nonfinite(processes.max(bad), last_good)                 # no checkpoint is written after one
+        run.refuse_nonfinite(processes.max(bad), last_good)  # no checkpoint is written after one
         means = processes.mean(torch.stack([*sums.values(), norm])).tolist()
         row = {"step": done, **dict(zip([*sums, "grad_norm"], means)), "lr": lr, **clock.read(done),
                **extra}
         if evaluating:
-            row.update(evaluate_ema(ema, decode, reference, cfg, processes, autocast))
+            row.update(evaluate.evaluate_xar(ema, decode, reference, cfg, processes, autocast))
         if logging:
             picture = Path(cfg.out, "samples.png") if evaluating else None
             log.write(row, clock.left(done), picture)
@@ -594,15 +511,14 @@ def train(cfg, processes, stop):
     feed.close()
     if processes.main:
         rows = run.read_log(log.path)
-        if rows:                                                            # none if a signal came very early
+        if rows:  # none if a signal came very early
             advice = f"python sample.py --ckpt {checkpoint} --cfg 1.5   draws more samples"
             evaluate.plot_curves(rows, Path(cfg.out, "curves.png"), tau)
             evaluate.print_summary(rows, cfg.out, advice)
 
 
 def main(argv=None):
-    cfg = run.parse(Config, argv, PROGRAM, "Train xAR: alone, or aligned with a teacher first.",
-                    PRESETS)
+    cfg = run.parse(Config, argv, PROGRAM, "Train xAR, alone or with a teacher.", PRESETS)
     with run.one_line_errors(PROGRAM):
         processes = ddp.Processes(cfg.device)
     try:

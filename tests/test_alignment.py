@@ -121,19 +121,20 @@ def test_names_of_haste_are_reachable_from_its_program():
 
 
 def test_layer_table():
+    chosen = lambda cfg, teacher_depth: align.choose_layers(cfg, cfg.depth, cfg.depth, teacher_depth)
     config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
                                                            depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
-    assert align.choose_layers(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
-    assert align.choose_layers(config("SiT-L/2", "repa"), 12) == (8, [])
-    assert align.choose_layers(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
-    assert align.choose_layers(config("SiT-B/2", "repa"), 12) == (4, [])
-    assert align.choose_layers(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
-    assert (align.choose_layers(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
+    assert chosen(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+    assert chosen(config("SiT-L/2", "repa"), 12) == (8, [])
+    assert chosen(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
+    assert chosen(config("SiT-B/2", "repa"), 12) == (4, [])
+    assert chosen(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
+    assert (chosen(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
             == (2, [(0, 3), (27, 11)]))
     for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
                            (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
         with pytest.raises(ValueError, match=message):
-            align.choose_layers(config("SiT-XL/2", "haste", **flags), 12)
+            chosen(config("SiT-XL/2", "haste", **flags), 12)
 
 
 def test_shapes_that_would_align_the_wrong_things_are_refused():

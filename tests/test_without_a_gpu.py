@@ -485,7 +485,7 @@ def test_evaluation_draws_on_the_device(fake, monkeypatch):
             (evaluate.evaluate_sit, student(), None, [labels, contrast], haste_train.Config(**few)),
             (evaluate.evaluate_sit, small_dit(), None, [labels, None], haste_train.Config(objective="ddpm", **few)),
             (evaluate.evaluate_sit, small_mmdit(), small_clip(), [captions, None], haste_train.Config(**few)),
-            (xar_train.evaluate_ema, small_xar(), None, [], xar_train.Config(**few))):
+            (evaluate.evaluate_xar, small_xar(), None, [], xar_train.Config(**few))):
         with fake():
             if own:
                 own = [condition_of(encoder and encoder.to(CUDA)), *own]

@@ -161,7 +161,7 @@ def test_learning_rate_rises_stays_and_falls_by_shares_of_the_run():
 
 def test_only_matrices_decay():
     model = xar.XAR(4, 1, 16, 1, 1, 2, 10, "image")
-    _, opt = xar_train.training_state(xar_train.Config(), model, None)
+    _, opt, _ = xar_train.training_state(xar_train.Config(), model, None)
     decayed = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
     assert all(decayed[id(p)] == (0.02 if p.ndim >= 2 else 0) for p in model.parameters())
 
@@ -179,7 +179,7 @@ def test_init_starts_from_other_weights(tiny_xar, tmp_path, capsys):
     torch.save(bare, tmp_path / "bare.pt")
     assert tiny_xar("--init", str(tmp_path / "bare.pt"), out="third")[1]["arch"]["quantize_t"]
     for change, message in ((["--hidden-size", "32"], f"--init {file} does not fit --model xAR-Ti and --data digits"),
-                            (["--entity", "cell:2"], "its entity is cell:4, --entity is cell:2"),
+                            (["--entity", "cell:2"], "was trained with --entity cell:4: give the same"),
                             (["--init", "none.pt"], "--init none.pt does not exist")):
         with pytest.raises(SystemExit, match=message) as e:
             tiny_xar("--init", file, *change, out="fourth")

@@ -235,7 +235,7 @@ def xar_steps(args, cfg, device, autocast):
     model = xar.XAR(grid=args.size, channels=args.channels, num_classes=CLASSES, entity=cfg.entity,
                     dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, **xar_train.check(cfg, 1))
     model = in_mid_training(model).to(device)
-    ours = State(model, *xar_train.training_state(cfg, model, None))
+    ours = State(model, *xar_train.training_state(cfg, model, None)[:2])
     B = args.batch_size
     x = torch.randn(B, args.channels, args.size, args.size, device=device)
     eps = torch.randn(B, sum(model.sizes), args.channels, device=device)
