@@ -230,6 +230,29 @@ def evaluate_sit(ema, condition, prompts, contrast, decode, reference, cfg, proc
     return scores(samples, reference, ema.num_classes)
 
 
+def evaluate_xar(ema, decode, reference, cfg, processes, autocast):
+    """Do the same for xar_train.py; also draw OUT/growth.png, samples entity by entity."""
+    def tokens_of(rows):                                                    # indices [b] -> [b,L,C]
+        labels = rows % ema.num_classes
+        randn = run.indexed_randn(cfg.seed, rows)
+        return ema.sample_tokens(labels, cfg.eval_steps, cfg.eval_cfg, randn)
+
+    def draw(rows):                                                         # indices [b] -> uint8 [b,C,H,W]
+        with autocast:
+            return to_uint8(decode(ema.to_latent(tokens_of(rows))))
+
+    samples = draw_samples(cfg.eval_samples, draw, processes)
+    if not processes.main:
+        return {}
+    sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
+
+    with autocast:
+        frames = growth(ema, tokens_of(torch.arange(8)))                   # [8,frames,C,h,w]
+        pixels = to_uint8(decode(frames.flatten(0, 1)))
+    save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
+    return scores(samples, reference, ema.num_classes)
+
+
 def print_summary(rows, out, advice):
     """Print the last lines of a run: the scores it reached, its pictures, and what to try next."""
     scored = [row for row in rows if "fd" in row]

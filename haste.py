@@ -19,7 +19,8 @@ with `feature_depth, pairs = layer_map("SiT-XL")`, and
     taps            (q, k) [B,H,N,d] of each paired block, just as scaled_dot_product_attention gets
                     them: after qk-norm and rotation, not yet multiplied by d^-1/2
 Both networks have the same N patch tokens in the same order; class and register tokens are cut off,
-so that the softmax runs over patches only. flash-attn's [B,N,H,d] needs a transpose.
+so that the softmax runs over patches only. flash-attn's [B,N,H,d] needs a transpose. If the
+student's tokens do not see all others (xAR), both losses of attention take its `mask`.
 
 At step tau, remove the projector from the model, its average and the optimizer, and wrap the model
 in DDP again, which would wait for its gradients: haste_train.drop_projector shows how. The value of
@@ -34,11 +35,14 @@ import torch.nn.functional as F
 # Where to align, for a teacher of 12 blocks such as DINOv2-B; other depths map in proportion.
 #   feature_depth   number of student blocks below the projector; feature_depth_repa with REPA alone
 #   pairs           (student block, teacher block) whose attention is aligned, 0-based
-# The rows of S and Ti are ours, the others the papers'. With a teacher of 4 blocks, SiT-Ti's pairs
-# become (0, 2), (1, 2), (2, 3), MMDiT-Ti's (0, 2), (1, 3).
+# The rows of S, Ti and xAR are ours, the others the papers'. With a teacher of 4 blocks, SiT-Ti's
+# pairs become (0, 2), (1, 2), (2, 3), MMDiT-Ti's (0, 2), (1, 3), xAR-Ti's (1, 2), (2, 3).
+# xAR-B, L, H have SiT-B's, L's, XL's blocks in proportion of depth, encoder and decoder together:
+# number i of SiT-B's 12, counted from 1, becomes round(i 16/12) of 16. Ti's encoder is too short.
 TABLE_DEPTH = 12
 _BASE = dict(feature_depth=5, feature_depth_repa=4, pairs=((2, 7), (3, 9), (4, 11)))
 _LARGE = dict(feature_depth=8, feature_depth_repa=8, pairs=((4, 8), (5, 9), (6, 10), (7, 11)))
+_LARGE_XAR = dict(feature_depth=11, feature_depth_repa=11)
 ALIGNMENT = {
     "SiT-Ti": dict(feature_depth=3, feature_depth_repa=3, pairs=((0, 7), (1, 9), (2, 11))),
     "SiT-S": _BASE,
@@ -47,6 +51,10 @@ ALIGNMENT = {
     "SiT-XL": _LARGE,
     "MMDiT-Ti": dict(feature_depth=3, feature_depth_repa=3, pairs=((0, 8), (1, 11))),
     "MMDiT-24": _LARGE,
+    "xAR-Ti": dict(feature_depth=2, feature_depth_repa=2, pairs=((1, 8), (2, 11))),
+    "xAR-B": dict(feature_depth=7, feature_depth_repa=5, pairs=((3, 7), (4, 9), (6, 11))),
+    "xAR-L": dict(_LARGE_XAR, pairs=((6, 8), (7, 9), (8, 10), (10, 11))),
+    "xAR-H": dict(_LARGE_XAR, pairs=((6, 8), (8, 9), (9, 10), (10, 11))),
 }
 
 
@@ -81,7 +89,7 @@ def feature_alignment(z, target):
     return -F.cosine_similarity(z, target, dim=-1).mean()
 
 
-def attention_alignment(q_s, k_s, q_t, k_t):
+def attention_alignment(q_s, k_s, q_t, k_t, mask=None):
     """Return HASTE's attention loss: cross-entropy of the student's attention under the teacher's.
 
     q, k [B,H,N,d] of one layer pair. Head numbers and widths may differ: the first min(H_s, H_t)
@@ -89,17 +97,19 @@ def attention_alignment(q_s, k_s, q_t, k_t):
 
         -sum_j softmax_j(q_t k_t^T / sqrt(d_t)) log softmax_j(q_s k_s^T / sqrt(d_s)),
 
-    averaged over batch, heads and queries. Training needs the gradient only and calls
-    `attention_alignment_grad`, which costs less.
+    averaged over batch, heads and queries. With a boolean mask [N,N], true if the query (row) may
+    see the key, both softmaxes run over the visible keys alone: teacher and student are compared on
+    equal terms. Training needs the gradient only and calls `attention_alignment_grad`, which costs
+    less.
     """
     kind = "cpu" if q_s.is_meta else q_s.device.type                        # meta has no autocast
     with torch.autocast(kind, enabled=False):
         qk = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q_s, k_s, q_t, k_t)]
-        surrogate = attention_alignment_grad(*qk)
-        return surrogate + (_attention_value(*qk) - surrogate).detach()
+        surrogate = attention_alignment_grad(*qk, mask)
+        return surrogate + (_attention_value(*qk, mask) - surrogate).detach()
 
 
-def attention_alignment_grad(q_s, k_s, q_t, k_t):
+def attention_alignment_grad(q_s, k_s, q_t, k_t, mask=None):
     """Return a scalar whose *gradient* is that of `attention_alignment`; its value is meaningless.
 
     It costs two calls of fused attention. With c = d^-1/2 and P = softmax(c q k^T), for student (s)
@@ -110,7 +120,8 @@ def attention_alignment_grad(q_s, k_s, q_t, k_t):
     and its gradient is that of c q_i.(P_s k_s - P_t k_s)_i with P_s and P_t held constant, since
     d lse_i / d q_i = c (P_s k_s)_i, and k_j receives c sum_i (P_s - P_t)_ij q_i. But P k_s is what
     fused attention returns if the student's keys are passed as its values. So neither map is ever
-    stored, and memory grows with N instead of N^2.
+    stored, and memory grows with N instead of N^2. A mask goes to both calls and changes nothing
+    else: over the visible keys, all of this holds.
 
     It runs in the dtype of q and k, also bfloat16 under autocast. For full precision, turn autocast
     off and pass float32.
@@ -119,20 +130,25 @@ def attention_alignment_grad(q_s, k_s, q_t, k_t):
     # What all keys have in common drops out of the difference, as rows of P_s - P_t sum to 0. In
     # bfloat16 its rounding errors would stay, 15 % of the gradient if it is ten times the rest.
     centred = k_s - k_s.detach().mean(2, keepdim=True)
-    own = attend(q_s.detach(), k_s.detach(), centred)                       # P_s k_s  [B,H,N,d_s]
-    wanted = attend(q_t.detach(), k_t.detach(), centred)                    # P_t k_s  [B,H,N,d_s]
+    own = attend(q_s.detach(), k_s.detach(), centred, mask)                 # P_s k_s  [B,H,N,d_s]
+    wanted = attend(q_t.detach(), k_t.detach(), centred, mask)              # P_t k_s  [B,H,N,d_s]
     dtype = torch.promote_types(q_s.dtype, torch.float32)
     dot = (q_s * (own - wanted)).sum(-1, dtype=dtype)                       # [B,H,N]
     return dot.mean() * q_s.shape[-1] ** -0.5
 
 
 @torch.no_grad()
-def _attention_value(q_s, k_s, q_t, k_t, chunk=128):
+def _attention_value(q_s, k_s, q_t, k_t, mask=None, chunk=128):
     """Return the value of `attention_alignment`: the log-sum-exp goes over chunks of queries."""
     q_s, k_s, q_t, k_t = common_heads(q_s, k_s, q_t, k_t)
     c = q_s.shape[-1] ** -0.5
-    lse = [(c * q @ k_s.mT).logsumexp(-1) for q in q_s.split(chunk, dim=2)]
-    wanted = attend(q_t, k_t, k_s)                                          # [B,H,N,d_s]
+    lse = []
+    for i in range(0, q_s.shape[2], chunk):
+        logits = c * q_s[:, :, i:i + chunk] @ k_s.mT                        # [B,H,chunk,N]
+        if mask is not None:
+            logits = logits.masked_fill(~mask[i:i + chunk], -torch.inf)
+        lse.append(logits.logsumexp(-1))
+    wanted = attend(q_t, k_t, k_s, mask)                                    # [B,H,N,d_s]
     return (torch.cat(lse, dim=2) - c * (q_s * wanted).sum(-1)).mean()
 
 
@@ -146,7 +162,7 @@ def common_heads(q_s, k_s, q_t, k_t):
     return q_s[:, :H], k_s[:, :H], q_t[:, :H], k_t[:, :H]
 
 
-def attend(q, k, v):
+def attend(q, k, v, mask=None):
     """Return softmax(q k^T / sqrt(d)) v by fused attention; q, k [B,H,N,d], v [B,H,N,d_v].
 
     The fused kernels require one head width, so the narrower tensors are padded with zeros, which
@@ -155,7 +171,7 @@ def attend(q, k, v):
     d = q.shape[-1]
     width = max(d, v.shape[-1])
     q, k, padded_v = (pad_to(x.to(v.dtype), width) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, padded_v, scale=d ** -0.5)
+    out = F.scaled_dot_product_attention(q, k, padded_v, mask, scale=d ** -0.5)
     return out[..., :v.shape[-1]]
 
 
@@ -165,9 +181,13 @@ def pad_to(x, width):
     return F.pad(x, (0, width - x.shape[-1]))
 
 
-def mean_over_pairs(loss, taps_s, taps_t):
-    """Return the mean of `loss(q_s, k_s, q_t, k_t)` over layer pairs; taps are lists of (q, k)."""
-    return sum(loss(*s, *t) for s, t in zip(taps_s, taps_t, strict=True)) / len(taps_s)
+def mean_over_pairs(loss, taps_s, taps_t, **options):
+    """Return the mean of `loss(q_s, k_s, q_t, k_t, **options)` over layer pairs.
+
+    Taps are lists of (q, k); an option is the `mask` of both attention losses.
+    """
+    total = sum(loss(*s, *t, **options) for s, t in zip(taps_s, taps_t, strict=True))
+    return total / len(taps_s)
 
 
 # ---- two later methods

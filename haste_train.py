@@ -18,7 +18,7 @@ then sliced. So results do not depend on the number of processes, up to rounding
 continues as if nothing had happened.
 
 Read `losses`, then the loop in `train`. The alignment losses are in haste.py. The alignment ends in
-phase 1 of the loop: `first_free_step` says when, or `held_cosine` with --stop auto, and
+phase 1 of the loop: `align.first_free_step` says when, or `held_cosine` with --stop auto, and
 `drop_projector` how.
 Letters: B batch (b of one process), C channels, h w height and width, N tokens, D width.
 """
@@ -217,13 +217,6 @@ def losses(model, x, y, t, eps, targets, pairs, cfg, exact=False, negatives=None
     return total, terms
 
 
-def teacher_targets(teacher, pixels, pairs, autocast):
-    """Return the teacher's tokens [b,N,D] and taps [(q, k), ...] for uint8 images [b,C,H,W]."""
-    with torch.no_grad(), autocast:
-        images = teacher.preprocess(data.to_rgb(pixels), teacher.grid)
-        return teacher(images, [j for _, j in pairs])
-
-
 def random_numbers(cfg, step, shape, packed):
     """Draw every random number of a step, for the whole global batch, shape = (B, C, h, w).
 
@@ -251,13 +244,6 @@ def random_numbers(cfg, step, shape, packed):
 
 # ---- termination
 
-def first_free_step(cfg):
-    """Return tau, the first step without alignment; with --stop auto the loop lowers it."""
-    if cfg.align == "none":
-        return 0
-    return math.inf if cfg.stop in ("auto", "never") else int(cfg.stop)
-
-
 def drop_projector(model, ema, opt):
     """Remove the projector from model, EMA, optimizer and device; return its last weights.
 
@@ -274,28 +260,13 @@ def drop_projector(model, ema, opt):
     return kept
 
 
-HELD_BATCH = 64                                                             # images of the held batch
-
-
 def held_cosine(model, teacher, images, condition, pairs, cfg, processes, autocast):
     """Return haste.gradient_cosine on a batch and noise that stay the same all through the run.
 
     Every process returns the same number.
     """
     device = processes.device
-    g = run.seeded("cpu", cfg.seed, 1)
-    rows = torch.randperm(len(images.train), generator=g)[:HELD_BATCH]
-    pixels, y = images.train.read(rows)
-    if images.text is not None:
-        y = images.train.captions(rows, torch.zeros(len(rows)))
-    eps = torch.randn(len(rows), *images.shape, generator=g)
-    x = data.to_pixels(pixels)
-    if images.packed:
-        posterior = torch.randn(eps.shape, generator=g)
-        mirrored = torch.zeros(len(rows), dtype=torch.bool)
-        moments = images.train.moments(rows)
-        x = data.to_latents(moments, mirrored, posterior, images.packed["scale"])
-    pixels, x, y, eps = (tensor.to(device) for tensor in (pixels, x, y, eps))
+    pixels, x, y, eps = align.held_batch(cfg, images, images.shape, device)
 
     def losses_at(time):
         if cfg.objective == "ddpm":
@@ -306,7 +277,7 @@ def held_cosine(model, teacher, images, condition, pairs, cfg, processes, autoca
 
     block = model.blocks[model.encoder_depth - 1]                           # the one below the projector
     with torch.compiler.set_stance("force_eager"):                          # a batch of another size: not compiled
-        targets = teacher_targets(teacher, pixels, pairs, autocast)
+        targets = align.teacher_targets(teacher, pixels, pairs, autocast)
         y = condition(y)
         with autocast:
             cosine = gradient_cosine(losses_at, block.parameters())
@@ -322,24 +293,22 @@ def check(cfg, world):
     run.require(cfg, cfg.model in models.CONFIGS, "model",
                 "must be SiT-Ti, S, B, L or XL, with patch /1, /2, /4 or /8, as SiT-B/2; or "
                 "MMDiT-Ti/4, MMDiT-24/2")
-    run.require(cfg, cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop",
-                "must be a number of steps, auto or never")
-    run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
-                "must be 1 or more")
+    align.check(cfg)
     if cfg.model in mmdit.MMDIT_CONFIGS:
-        refuse_changed(cfg, ("objective", "projector"), "is for a SiT: leave it out")
-        refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
+        run.refuse_changed(cfg, ("objective", "projector"), "is for a SiT: leave it out")
+        run.refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
     else:
-        refuse_changed(cfg, ("zero_init", "text"), "is for an MM-DiT: leave it out")
+        run.refuse_changed(cfg, ("zero_init", "text"), "is for an MM-DiT: leave it out")
     if cfg.data == "scenes":
-        refuse_changed(cfg, ("eval_features",), "is for photographs: leave it out")
+        run.refuse_changed(cfg, ("eval_features",), "is for photographs: leave it out")
     if cfg.objective == "ddpm":
-        refuse_changed(cfg, ("path", "time", "contrastive"),
-                       "is for --objective flow: leave it out")
+        run.refuse_changed(cfg, ("path", "time", "contrastive"),
+                           "is for --objective flow: leave it out")
         run.require(cfg, cfg.eval_steps <= dit.NUM_STEPS, "eval_steps",
                     f"must lie in 1 ... {dit.NUM_STEPS}")
     if cfg.align == "none":
-        refuse_changed(cfg, ("projector", "spatial_norm"), "is for an alignment: leave it out")
+        run.refuse_changed(cfg, ("projector", "spatial_norm"),
+                           "is for an alignment: leave it out")
     if cfg.contrastive:
         run.require(cfg, 0 < cfg.contrastive < 1, "contrastive", "must lie in [0, 1)")
         run.require(cfg, cfg.path == "linear", "contrastive", "is for --path linear")
@@ -348,7 +317,7 @@ def check(cfg, world):
                 "must lie in [0, 1]")
     run.require(cfg, cfg.projector_kernel % 2 == 1, "projector_kernel", "must be odd, as 3")
     if cfg.projector == "mlp":
-        refuse_changed(cfg, ("projector_kernel",), "is for --projector conv")
+        run.refuse_changed(cfg, ("projector_kernel",), "is for --projector conv")
     for name in ("depth", "hidden_size", "num_heads"):                      # the table fills what no flag has set
         if getattr(cfg, name) is None:
             setattr(cfg, name, models.CONFIGS[cfg.model][name])
@@ -356,13 +325,7 @@ def check(cfg, world):
     run.require(cfg, fits, "hidden_size",
                 f"must be a multiple of 4 and of --num-heads {cfg.num_heads}")
     if cfg.align != "none":
-        align.choose_layers(cfg)                                            # raises if the flags are impossible
-
-
-def refuse_changed(cfg, names, remedy):
-    """Raise ValueError if one of these flags does not have its default."""
-    for name in names:
-        run.require(cfg, getattr(cfg, name) == getattr(Config, name), name, remedy)
+        align.choose_layers(cfg, cfg.depth, cfg.depth)                      # raises if the flags are impossible
 
 
 def build(cfg, saved, aligned, processes):
@@ -398,7 +361,7 @@ def build(cfg, saved, aligned, processes):
             arch.update(learn_sigma=initial.learn_sigma, flip_time=initial.flip_time)
     if aligned:
         teacher = align.make_teacher(cfg, images, grid, processes)
-        feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
+        feature_depth, pairs = align.choose_layers(cfg, cfg.depth, cfg.depth, teacher.depth)
         arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
         if cfg.projector == "conv":
             arch.update(projector_kernel=cfg.projector_kernel)
@@ -451,7 +414,7 @@ def train(cfg, processes, stop):
         run.make_folder(cfg.out, cfg.out)
         inception = processes.on_main(lambda: evaluate.load_inception(cfg, processes.device))
         start = saved["steps"] if saved else 0
-        tau = saved["tau"] if saved else first_free_step(cfg)
+        tau = saved["tau"] if saved else align.first_free_step(cfg)
         images, condition, teacher, pairs, model, arch = build(cfg, saved, start < tau,
                                                                processes)
         ema, opt, kept = training_state(cfg, model, saved)
@@ -499,10 +462,7 @@ def train(cfg, processes, stop):
                     f"tokens; align {cfg.align}; {world} process(es) on {device.type}, "
                     f"{run.precision(cfg.precision, device)}")
     if teacher is not None:
-        until = f"--stop {cfg.stop}" if tau == math.inf else f"until step {tau}"
-        shown = " ".join(f"{i}:{j}" for i, j in pairs) or "none"
-        processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
-                        f"{model.encoder_depth} blocks, attention of blocks {shown}")
+        align.announce(cfg, teacher, tau, model.encoder_depth, pairs, processes)
 
     for step in range(start, cfg.steps):
         done = step + 1
@@ -550,7 +510,7 @@ def train(cfg, processes, stop):
             rows = slice(i, i + part)
             targets = negatives = None
             if teacher is not None:
-                targets = teacher_targets(teacher, pixels[rows], pairs, autocast)
+                targets = align.teacher_targets(teacher, pixels[rows], pairs, autocast)
             if cfg.contrastive:
                 negatives = velocities, other[rows]
             last_part = i + part == per_process

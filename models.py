@@ -16,7 +16,7 @@ import text
 import xar
 
 CONFIGS = {**sit.SIT_CONFIGS, **mmdit.MMDIT_CONFIGS}                        # what --model accepts
-PROJECTOR = "projectors."                                                   # first letters of its parameters' names
+PROJECTOR = "projector"                                                   # first letters of its parameters' names
 
 
 class Condition:

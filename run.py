@@ -106,6 +106,12 @@ def require(cfg, ok, name, remedy):
         raise ValueError(f"{flag(name)} {getattr(cfg, name)} {remedy}")
 
 
+def refuse_changed(cfg, names, remedy):
+    """Raise ValueError if one of these flags does not have its default."""
+    for name in names:
+        require(cfg, getattr(cfg, name) == getattr(type(cfg), name), name, remedy)
+
+
 def check(cfg, world, at_least_1=(), at_least_0=()):
     """Refuse impossible values of the flags that all training programs share.
 

@@ -5,8 +5,7 @@
     x = model.sample(y, num_steps=40, cfg_scale=2.7)
     model = xar.load_xar("xAR-B.pth")                   # the official checkpoints, and ours
 
-Papers: xAR, "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (Ren et al.
-2025, arXiv 2502.20388); its sampler is SiT's stochastic one (Ma et al. 2024, 2401.08740).
+Papers: xAR (Ren et al. 2025, arXiv 2502.20388); SiT's sampler (Ma et al. 2024, 2401.08740).
 
 An image's tokens form an ordered list of entities X_0 ... X_{M-1}: single tokens, cells,
 interleaved sets, or scales. Time runs from t = 0 (data) to t = 1 (noise), for each entity its own:
@@ -41,8 +40,7 @@ XAR_CONFIGS = {"xAR-Ti": dict(dim=64, encoder_depth=3, decoder_depth=3, num_head
 CONTEXTS = ("random", "increasing", "decreasing", "clean")
 EPS = 1e-6  # of all norms
 LAST_STEP = 0.04  # the sampler's last noisy time, SiT's
-# up to so many entities, of so many tokens or more on average, get a call of attention each: faster
-# than one call with a mask
+# up to so many entities, of so many tokens or more on average, get a call of attention each
 MOST_CALLS = 16
 TOKENS_A_CALL = 32
 
@@ -90,18 +88,19 @@ def entities(name, G):
 
 # ---- attention
 
-def visible(entity_of, q, k):
-    """Return whether token q may see token k, a boolean tensor; entity_of [L].
+def visible(entity_of, copies=1):
+    """Return which token (row) may see which, a boolean [N,N]; entity_of [N].
 
-    Tokens L ... 2L - 1 are a second, noisy copy of the sequence (teacher forcing). It sees itself
-    and the clean entities before it, but not its own clean original.
+    With two copies [2N,2N], the second one is noisy (teacher forcing). It sees itself and the clean
+    entities before it, but not its own clean original.
     """
-    L = len(entity_of)
-    e_q = entity_of[q % L]
-    e_k = entity_of[k % L]
-    first_sees = (k < L) & (e_k <= e_q)
-    second_sees = torch.where(k < L, e_k < e_q, e_k == e_q)
-    return torch.where(q < L, first_sees, second_sees)
+    own = entity_of[:, None] == entity_of
+    sees = entity_of[:, None] >= entity_of
+    if copies == 1:
+        return sees
+    first = torch.cat([sees, torch.zeros_like(own)], dim=1)
+    second = torch.cat([sees & ~own, own], dim=1)
+    return torch.cat([first, second])
 
 
 def needs_mask(M, N):
@@ -147,7 +146,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, sizes, rope, mask, past):
-        """Return the output for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin), or None."""
+        """Return (output, (q, k)) for x [B,groups,m,D]; past: (kv_cache [2,B,H,L,d], begin)."""
         head_width = x.shape[-1] // self.num_heads
         qkv = self.qkv(x).view(len(x), -1, 3, self.num_heads, head_width)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # [2,B,H,N,d], [1,B,H,N,d]
@@ -162,14 +161,14 @@ class Attention(nn.Module):
 
         dropout = self.attn_dropout if self.training else 0.0
         out = attention(q, k, v, sizes, mask, dropout)  # [B,H,N,d]
-        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return self.drop(self.proj(out.transpose(1, 2).reshape(x.shape))), (q, k)
 
 
 # ---- modules
 
-# Modulation is one vector an entity, and broadcasting applies it to the tokens of a group.
-# Entities of equal size are a group each: x [B,M,m,D], modulation [B,M,1,D], nothing is copied.
-# A pyramid's levels differ in size, so all tokens are one group: x [B,1,N,D], modulation the same.
+# Modulation is one vector an entity, broadcast over the tokens of a group. Entities of equal size
+# are a group each: x [B,M,m,D], modulation [B,M,1,D], nothing is copied. A pyramid's levels differ
+# in size, so all tokens are one group: x [B,1,N,D], modulation the same.
 
 def count_groups(sizes):
     return len(sizes) if len(set(sizes)) == 1 else 1
@@ -195,15 +194,15 @@ class TimeEmbedder(nn.Module):
     def __init__(self, dim, quantize, frequencies=128):
         super().__init__()
         self.quantize = quantize
-        self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
         t = 1000 * t.to(torch.promote_types(t.dtype, torch.float32))  # bfloat16 would blur t
         if self.quantize:
             t = t.floor()
-        i = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-        args = t[..., None] * torch.exp(-math.log(10000) / self.frequencies * i)  # [B,M,128]
+        half = self.mlp[0].in_features // 2
+        i = torch.arange(half, device=t.device, dtype=t.dtype)
+        args = t[..., None] * torch.exp(-math.log(10000) / half * i)  # [B,M,128]
         waves = torch.cat([args.cos(), args.sin()], dim=-1)  # [B,M,256]
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
@@ -229,12 +228,22 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, dropout)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, sizes, rope, mask, past):  # x [B,groups,m,D], c [B,M,D]
+    def forward(self, x, c, sizes, rope, mask, past, tap=False):  # x [B,groups,m,D], c [B,M,D]
         mod = per_token(self.ada_lin(c), sizes)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.chunk(6, dim=-1)
-        out = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, past)
+        out, qk = self.attn(modulate(self.norm(x), shift1, scale1), sizes, rope, mask, past)
         x = x + gamma1 * out
-        return x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        x = x + gamma2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        if tap:  # elsewhere their memory is free at once
+            return x, qk
+        return x, None
+
+
+def initialize(net):
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
 
 
 # ---- model
@@ -243,14 +252,18 @@ class XAR(nn.Module):
     """Velocities of an image's entities, each given the earlier ones.
 
     `model(tokens, t, y)` -> v [B,L,C]: tokens [B,L,C] in entity order, t [B,M] in [0, 1], y [B]
-    class ids (num_classes, or None, is no label). The first entities may be given alone: later ones
-    change nothing. `clean` [B,L,C] is the context of teacher forcing: entity n then sees the clean
-    entities before it, and itself. Parameter names and `quantize_t` are the official checkpoints'.
+    class ids (num_classes, or None, is no label). The first entities may stand alone. `clean`
+    [B,L,C] is the context of teacher forcing: entity n sees the clean ones before it, and itself.
+    Parameter names and `quantize_t` are the official checkpoints'.
+
+    For an alignment, `model(..., tap_layers=[i, ...])` -> v, z, taps: z [B,L,z_dim], the projected
+    output of block feature_depth - 1, or None; taps, (q, k) [B,H,L,d] of each block, encoder then
+    decoder, after the rotation, unscaled; with `clean` [B,H,2L,d].
     """
 
     def __init__(self, grid=16, channels=16, dim=768, encoder_depth=8, decoder_depth=8,
                  num_heads=12, num_classes=1000, entity="cell:8", dropout=0.0, attn_dropout=0.0,
-                 quantize_t=False):
+                 quantize_t=False, z_dim=None, projector_dim=2048, feature_depth=None):
         super().__init__()
         if dim % (4 * num_heads):
             raise ValueError(f"width {dim} must be a multiple of 4 times the {num_heads} heads")
@@ -258,7 +271,7 @@ class XAR(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.entity = entity
-        self.attn_dropout = attn_dropout
+        self.feature_depth = feature_depth
 
         # Of each token: its level's grid g, its raster index there, and its place on the finest
         # grid. A coarse token sits at the centre of what it averages.
@@ -273,13 +286,11 @@ class XAR(nn.Module):
         entity_of = np.repeat(np.arange(len(parts)), self.sizes)
         angles = rope_angles(rows, cols, dim // num_heads)
 
-        def constant(name, value):
-            self.register_buffer(name, torch.tensor(value), persistent=False)
-
-        constant("order", order)                                 # [L]
-        constant("entity_of", entity_of)                         # [L]
-        constant("rope_cos", np.cos(angles).astype(np.float32))  # [L,d/2]
-        constant("rope_sin", np.sin(angles).astype(np.float32))  # [L,d/2]
+        tables = dict(order=order, entity_of=entity_of,  # [L] each
+                      rope_cos=np.cos(angles).astype(np.float32),  # [L,d/2]
+                      rope_sin=np.sin(angles).astype(np.float32))
+        for name, table in tables.items():
+            self.register_buffer(name, torch.tensor(table), persistent=False)
 
         def blocks(depth):
             return nn.ModuleList(Block(dim, num_heads, dropout, attn_dropout) for _ in range(depth))
@@ -298,13 +309,16 @@ class XAR(nn.Module):
         self.decoder_norm = nn.RMSNorm(dim, eps=EPS)
         self.pred = nn.Linear(dim, channels)
 
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        initialize(self)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         nn.init.normal_(self.encoder_pos_embed_learned, std=0.02)
         nn.init.normal_(self.decoder_pos_embed_learned, std=0.02)
+        self.projector = None
+        if z_dim is not None:  # last: all other weights of a seed are the same without it
+            P = projector_dim
+            self.projector = nn.Sequential(nn.Linear(dim, P), nn.SiLU(), nn.Linear(P, P),
+                                           nn.SiLU(), nn.Linear(P, z_dim))
+            initialize(self.projector)
 
     # -- tokens
 
@@ -313,14 +327,11 @@ class XAR(nn.Module):
         return sum((k < g) * k * k for k in self.levels)
 
     def to_tokens(self, latent):
-        """Return a latent [B,C,h,w] as tokens [B,L,C] in entity order."""
+        """Return a latent, or any map [B,C,G,G] of the grid, as tokens [B,L,C] in entity order."""
         G = self.grid
-        if latent.shape[1:] != (self.channels, G, G):
-            raise ValueError(f"latent {list(latent.shape)} must be [B,{self.channels},{G},{G}]")
-        levels = []
-        for g in self.levels:
-            level = latent if g == G else F.adaptive_avg_pool2d(latent, g)
-            levels.append(level.flatten(2))  # [B,C,g*g]
+        if latent.shape[2:] != (G, G):
+            raise ValueError(f"map {list(latent.shape)} must be [B,C,{G},{G}]")
+        levels = [F.adaptive_avg_pool2d(latent, g).flatten(2) for g in self.levels]  # [B,C,g*g]
         return torch.cat(levels, dim=2)[:, :, self.order].mT
 
     def to_latent(self, tokens):
@@ -334,35 +345,40 @@ class XAR(nn.Module):
         g = max(g for g in self.levels if self._tokens_before(g) < N)
         begin = self._tokens_before(g)
         level = flat[:, :, begin:begin + g * g].view(B, C, g, g)
-        repeat = self.grid // g
-        return level.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)
+        return F.interpolate(level, self.grid)  # each value repeated
 
     # -- network
 
-    def forward(self, tokens, t, y=None, clean=None):
+    def forward(self, tokens, t, y=None, clean=None, tap_layers=None):
         N = tokens.shape[1]
         M = t.shape[1]
         sizes = self.sizes[:M]
         if N != sum(sizes):
             raise ValueError(f"{N} tokens do not fit the {M} times: entities have {sizes} tokens")
-        rows = torch.arange(N, device=tokens.device)
+        copies = 1
         if clean is not None:
             # teacher forcing: a clean copy of the sequence goes first, at t = 0
-            tokens = torch.cat([clean, tokens], dim=1)      # [B,2N,C]
+            copies = 2
+            tokens = torch.cat([clean, tokens], dim=1)  # [B,2N,C]
             t = torch.cat([torch.zeros_like(t), t], dim=1)  # [B,2M]
-            sizes = 2 * sizes
-            rows = rows.repeat(2)
+        rows = torch.arange(N, device=tokens.device).repeat(copies)
         mask = None
-        if clean is not None or needs_mask(M, N):
-            i = torch.arange(len(rows), device=rows.device)
-            mask = visible(self.entity_of[:N], i[:, None], i)  # [N,N], with `clean` [2N,2N]
-        return self.network(tokens, t, y, sizes, rows, mask)[:, -N:]
+        if copies == 2 or needs_mask(M, N):
+            mask = visible(self.entity_of[:N], copies)
+        v, h, qk = self.network(tokens, t, y, copies * sizes, rows, mask, tapped=tap_layers or ())
+        v = v[:, -N:]
+        if tap_layers is None:
+            return v
+        z = None
+        if self.projector is not None:
+            z = self.projector(h[:, -N:])  # [B,N,z_dim]
+        return v, z, [qk[i] for i in tap_layers]
 
-    def network(self, tokens, t, y, sizes, rows, mask=None, kv_cache=None, begin=0):
+    def network(self, tokens, t, y, sizes, rows, mask=None, kv_cache=None, begin=0, tapped=()):
         """Return v [B,N,C] of tokens [B,N,C]: entities of `sizes`, at the places `rows` [N].
 
         `kv_cache` [blocks,2,B,H,L,d]: the tokens see its keys and values before `begin`, and write
-        their own behind them.
+        their own behind them. Also return what the projector gets, [B,N,D], and {i: (q, k)}.
         """
         if y is None:
             y = torch.full((len(t),), self.num_classes, device=t.device)
@@ -372,6 +388,8 @@ class XAR(nn.Module):
 
         x = self.z_proj_ln(self.z_proj(tokens) + self.encoder_pos_embed_learned[:, rows])
         x = x.unflatten(1, (groups, -1))  # [B,groups,m,D]
+        h = None
+        qk = {}
         for i, block in enumerate([*self.encoder_blocks, *self.decoder_blocks]):
             if i == len(self.encoder_blocks):
                 position = self.decoder_pos_embed_learned[:, rows].unflatten(1, (groups, -1))
@@ -379,10 +397,13 @@ class XAR(nn.Module):
             past = None
             if kv_cache is not None:
                 past = kv_cache[i], begin
-            x = block(x, c, sizes, rope, mask, past)
+            x, qk[i] = block(x, c, sizes, rope, mask, past, tap=i in tapped)
+            if i + 1 == self.feature_depth:
+                h = x.flatten(1, 2)
         kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(kind, enabled=False):  # a sampler adds up what is rounded here
-            return self.pred(self.decoder_norm(x)).flatten(1, 2)
+            v = self.pred(self.decoder_norm(x)).flatten(1, 2)
+        return v, h, qk
 
     # -- loss
 
@@ -391,33 +412,34 @@ class XAR(nn.Module):
 
         latent [B,C,h,w], y [B] or None (no label). t [B,M] and noise [B,L,C], in entity order, are
         drawn if not given. `context`: independent times, times sorted along the order, or clean
-        earlier entities (teacher forcing; ours: the paper does not say how). `net` is called in the
-        model's place: DDP's wrapper.
+        earlier entities (teacher forcing, ours). `net` is called in the model's place: DDP's
+        wrapper.
         """
+        x_t, t, v, clean = self.noised(latent, t, noise, context)
+        if label_drop > 0 and y is not None:
+            dropped = torch.rand(len(y), device=y.device) < label_drop
+            y = torch.where(dropped, self.num_classes, y)
+        error = (net or self)(x_t, t, y, clean) - v
+        return error.square().mean()
+
+    def noised(self, latent, t=None, noise=None, context="random"):
+        """Return x_t [B,L,C], its times t, its velocity v, and the clean context or None."""
         if context not in CONTEXTS:
             raise ValueError(f"context {context} is none of {', '.join(CONTEXTS)}")
-        x = self.to_tokens(latent)                             # [B,L,C]
+        x = self.to_tokens(latent)  # [B,L,C]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # never a bfloat16 target
         if t is None:
             t = torch.randn(len(x), len(self.sizes), device=x.device).sigmoid()  # logit-normal
         if context in ("increasing", "decreasing"):
             t = t.sort(dim=1, descending=context == "decreasing")[0]
         eps = torch.randn_like(x) if noise is None else noise
-        if y is None:
-            y = torch.full((len(x),), self.num_classes, device=x.device)
-        if label_drop > 0:
-            dropped = torch.rand(len(y), device=y.device) < label_drop
-            y = torch.where(dropped, self.num_classes, y)
-
-        t_ = t[:, self.entity_of, None]                 # [B,L,1]
-        x_t = (1 - t_) * x + t_ * eps                   # straight path
-        v = eps - x                                     # its velocity dx_t/dt
+        t_ = t[:, self.entity_of, None]  # [B,L,1]
+        x_t = (1 - t_) * x + t_ * eps  # straight path
+        v = eps - x  # its velocity dx_t/dt
         clean = None
         if context == "clean" and len(self.sizes) > 1:  # the first has no context
             clean = x.to(latent.dtype)
-        net = self if net is None else net
-        error = net(x_t.to(latent.dtype), t, y, clean) - v
-        return error.square().mean()
+        return x_t.to(latent.dtype), t, v, clean
 
     # -- sampling
 
@@ -435,12 +457,12 @@ class XAR(nn.Module):
         its noisy steps. Raises ValueError for a label out of range.
         """
         M = len(self.sizes)
-        weight = self.pred.weight  # has device and dtype
+        weight = self.pred.weight
         if isinstance(y, (int, np.integer)):
             y = torch.full((max(0, int(y)),), self.num_classes)
-            cfg_scale = 1.0        # c = u, there is nothing to guide
+            cfg_scale = 1.0  # c = u, there is nothing to guide
         y = self._class_ids(y).to(weight.device)
-        labels = y                 # [B], with guidance [2B]
+        labels = y  # [B], with guidance [2B]
         if cfg_scale != 1:
             labels = torch.cat([y, torch.full_like(y, self.num_classes)])
 
@@ -448,8 +470,8 @@ class XAR(nn.Module):
         self.eval()
         try:
             kv_cache = self._kv_cache(len(labels))
-            done = []                                          # finished entities, [B,m,C] each
-            begin = 0                                          # the next one's first token
+            done = []  # finished entities, [B,m,C] each
+            begin = 0  # the next one's first token
             for n, size in enumerate(self.sizes):
                 w = cfg_scale if M == 1 else 1 + (cfg_scale - 1) * n / (M - 1)
                 guided = cfg_scale != 1 and (n > 0 or M == 1)  # the first of several has w = 1
@@ -497,7 +519,7 @@ class XAR(nn.Module):
         m = x.shape[1]
         t = x.new_full((len(labels), 1), t, dtype=torch.promote_types(x.dtype, torch.float32))
         rows = torch.arange(begin, begin + m, device=x.device)
-        return self.network(x, t, labels, [m], rows, kv_cache=kv_cache, begin=begin)
+        return self.network(x, t, labels, [m], rows, kv_cache=kv_cache, begin=begin)[0]
 
 
 # ---- sampling
@@ -516,7 +538,7 @@ def reverse_sde(velocity, x, num_steps, randn, start=1.0):
     """
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be 1 or more")
-    # The last step has no noise, and begins before the score's 1 / t grows without bound.
+    # The last step, without noise, begins before the score's 1 / t grows without bound.
     ts = [*np.linspace(start, LAST_STEP, num_steps).tolist(), 0.0]
     for t, t_next in zip(ts, ts[1:]):
         x = x + ((2 - t) * velocity(x, t) + x) * (t_next - t)
@@ -533,10 +555,9 @@ OFFICIAL_ENTITY = "cell:8"
 def load_xar(path, num_heads=None):
     """Load an XAR from a checkpoint, ours or the official one, in eval mode.
 
-    Sizes come from the tensors. Files with `rope.*` are official: cells of 8 x 8, and times in
-    whole thousandths. Ours say the rest in "arch". A bare state dict is taken for cells of 8 x 8
-    and a published width. `model.packed_from` describes the autoencoder of the latents, if the
-    file does. Raises FileNotFoundError or ValueError, one line.
+    Sizes come from the tensors, the rest from "arch" in ours. Without it, cells are of 8 x 8; files
+    with `rope.*` are official, and have times in whole thousandths. `model.packed_from` describes
+    the latents' autoencoder, if the file does. Raises FileNotFoundError or ValueError, one line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file: give a checkpoint's path")
@@ -585,7 +606,7 @@ def _from_content(content, num_heads):
                 quantize_t=table is not None or bool(config.get("quantize_t")))
     try:
         model.load_state_dict(sd)
-    except RuntimeError as e:  # torch's list of missing and unexpected names, and shapes
+    except RuntimeError as e:  # torch's list of names and shapes
         raise ValueError(f"does not fit the model: {' '.join(str(e).split())[:300]}") from None
     model.packed_from = content.get("packed_from")
     return model

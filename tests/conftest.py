@@ -108,11 +108,17 @@ TINY_XAR = ["--depth", "2", "--hidden-size", "16", "--num-heads", "2", "--entity
             "--eval-every", "2", "--eval-samples", "20", "--eval-steps", "2", "--device", "cpu", "--resume", "never"]
 
 
+# with a teacher for three steps, and two encoder blocks
+GUIDED_XAR = ["--align", "haste", "--stop", "3", "--depth", "4", "--feature-depth", "2", "--pairs", "0:1,2:3",
+              "--projector-dim", "16"]
+
+
 @pytest.fixture
-def tiny_xar(tmp_path):
+def tiny_xar(tmp_path, small_teacher):
     """As tiny_run, for xar_train.py."""
     def call(*flags, out="run", base=TINY_XAR):
-        xar_train.main([*base, "--out", str(tmp_path / out), *flags])
+        xar_train.main([*base, "--out", str(tmp_path / out), "--cache", str(tmp_path / "cache"),
+                        "--teacher-weights", str(small_teacher), *flags])
         return rows_of(tmp_path / out), torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
     return call
 

@@ -9,14 +9,17 @@ import align
 import haste
 import haste_train
 import sit
+import xar
 from haste_train import attention_alignment, attention_alignment_grad, feature_alignment
 
 
-def plain_form(q_s, k_s, q_t, k_t):
+def plain_form(q_s, k_s, q_t, k_t, mask=None):
     """The definition, with both N x N matrices."""
     H = min(q_s.shape[1], q_t.shape[1])
-    logits = lambda q, k: (q[:, :H] @ k[:, :H].mT) * q.shape[-1] ** -0.5
-    return -(logits(q_t, k_t).softmax(-1) * logits(q_s, k_s).log_softmax(-1)).sum(-1).mean()
+    hidden = torch.zeros(q_s.shape[2], k_s.shape[2], dtype=torch.bool) if mask is None else ~mask
+    logits = lambda q, k: (q[:, :H] @ k[:, :H].mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
+    log_p = logits(q_s, k_s).log_softmax(-1).masked_fill(hidden, 0)         # 0 log 0 is 0
+    return -(logits(q_t, k_t).softmax(-1) * log_p).sum(-1).mean()
 
 
 def inputs(student=(2, 4, 20, 8), teacher=(2, 3, 20, 6), seed=0, dtype=torch.float32):
@@ -82,6 +85,40 @@ def test_nothing_of_size_n_by_n_is_stored():
     assert max(sizes) >= N * N                                              # the plain form does store them
 
 
+MASKS = {"none": None, "few": torch.arange(64)[:, None] % 3 >= torch.arange(64) % 3}
+for entity in ("patch", "cell:4", "cell:2", "subsample:2", "image"):
+    model = xar.XAR(8, 1, 8, 1, 1, 1, 1, entity)
+    MASKS |= {entity: xar.visible(model.entity_of), f"{entity}, clean": xar.visible(model.entity_of, 2)}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("heads,width", [(4, 8), (3, 6), (5, 12)])
+def test_masked_alignment_is_the_plain_form_over_the_visible_keys(name, heads, width):
+    """Both softmaxes run over what the student's token may see. In float64, to 1e-10."""
+    mask = MASKS[name]
+    N = 64 if mask is None else len(mask)
+    q, k, q_t, k_t = inputs((2, 4, N, 8), (2, heads, N, width), dtype=torch.float64)
+    expected = plain_form(q, k, q_t, k_t, mask)
+    found = attention_alignment(q, k, q_t, k_t, mask)
+    assert abs(found - expected) < 1e-10
+    assert abs(haste._attention_value(q, k, q_t, k_t, mask, chunk=7) - expected) < 1e-10
+    wanted = torch.autograd.grad(expected, (q, k))
+    for form in (found, attention_alignment_grad(q, k, q_t, k_t, mask=mask)):
+        assert all(distance(a, b) < 1e-10 for a, b in zip(torch.autograd.grad(form, (q, k)), wanted))
+    taps = [(q, k), (k, q)], [(q_t, k_t), (k_t, q_t)]
+    both = haste.mean_over_pairs(attention_alignment, *taps, mask=mask)
+    assert abs(both - (expected + plain_form(k, q, k_t, q_t, mask)) / 2) < 1e-10
+
+
+def test_of_a_mask_nothing_larger_than_itself_is_stored():
+    """Neither a batch nor heads multiply N x N: not in what is kept for the backward, with 8 images of 4 heads."""
+    N, sizes = 256, []
+    q, k, q_t, k_t = inputs((8, 4, N, 8), (8, 4, N, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        attention_alignment_grad(q, k, q_t, k_t, torch.ones(N, N, dtype=torch.bool).tril())
+    assert sizes and max(sizes) <= N * N
+
+
 @pytest.mark.parametrize("mean", [0, 3, 10, 30])
 def test_bfloat16_gradient_is_within_one_percent(mean):
     """Also of keys that have a mean of so many deviations, as those of large networks do."""
@@ -121,19 +158,30 @@ def test_names_of_haste_are_reachable_from_its_program():
 
 
 def test_layer_table():
+    chosen = lambda cfg, teacher_depth: align.choose_layers(cfg, cfg.depth, cfg.depth, teacher_depth)
     config = lambda model, align, **kw: haste_train.Config(model=model, align=align,
                                                            depth=haste_train.sit.SIT_CONFIGS[model]["depth"], **kw)
-    assert align.choose_layers(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
-    assert align.choose_layers(config("SiT-L/2", "repa"), 12) == (8, [])
-    assert align.choose_layers(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
-    assert align.choose_layers(config("SiT-B/2", "repa"), 12) == (4, [])
-    assert align.choose_layers(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
-    assert (align.choose_layers(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
+    assert chosen(config("SiT-XL/2", "haste"), 12) == (8, [(4, 8), (5, 9), (6, 10), (7, 11)])
+    assert chosen(config("SiT-L/2", "repa"), 12) == (8, [])
+    assert chosen(config("SiT-B/2", "haste"), 12) == (5, [(2, 7), (3, 9), (4, 11)])
+    assert chosen(config("SiT-B/2", "repa"), 12) == (4, [])
+    assert chosen(config("SiT-S/2", "haste"), 24) == (5, [(2, 15), (3, 19), (4, 23)])    # teacher ViT-L
+    assert (chosen(config("SiT-XL/2", "haste", pairs="0:3,27:11", feature_depth=2), 12)
             == (2, [(0, 3), (27, 11)]))
+    for name, repa, depth, pairs in (                                       # in proportion of depth to SiT's
+            ("xAR-B", 5, 7, [(3, 7), (4, 9), (6, 11)]), ("xAR-L", 11, 11, [(6, 8), (7, 9), (8, 10), (10, 11)]),
+            ("xAR-H", 11, 11, [(6, 8), (8, 9), (9, 10), (10, 11)])):
+        assert haste.layer_map(name) == (depth, pairs) and haste.layer_map(name, 12, True) == (repa, [])
+        size, other = xar.XAR_CONFIGS[name], name.replace("xAR", "SiT").replace("H", "XL")
+        ratio = (size["encoder_depth"] + size["decoder_depth"]) / haste_train.sit.SIT_CONFIGS[f"{other}/2"]["depth"]
+        sit_depth, sit_pairs = haste.layer_map(other)
+        assert round(sit_depth * ratio) == depth and round(haste.layer_map(other, 12, True)[0] * ratio) == repa
+        assert [(round((i + 1) * ratio) - 1, j) for i, j in sit_pairs] == pairs
+    assert haste.layer_map("xAR-Ti", 4) == (2, [(1, 2), (2, 3)])
     for flags, message in ((dict(pairs="0-3"), "--pairs 0-3 must look like"), (dict(pairs="0:12"), "--pairs 0:12"),
                            (dict(pairs="28:3"), "--pairs 28:3"), (dict(feature_depth=29), "--feature-depth 29")):
         with pytest.raises(ValueError, match=message):
-            align.choose_layers(config("SiT-XL/2", "haste", **flags), 12)
+            chosen(config("SiT-XL/2", "haste", **flags), 12)
 
 
 def test_shapes_that_would_align_the_wrong_things_are_refused():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, TINY_XAR, photographs, rows_of, same_weights
+from conftest import GUIDED_XAR, ROOT, TINY, TINY_XAR, photographs, rows_of, same_weights
 from PIL import Image
 from processes import (ENV, checkpoint, finish, free_port, kill, kill_all, start, steps_in,
                        torchrun, wait_for_step, wait_until, workers_of)
@@ -473,6 +473,26 @@ def test_fid_is_the_same_for_any_number_of_processes(tmp_path):
 
 # ---- xAR
 
+@pytest.mark.parametrize("flags", [[], ["--context", "clean"], ["--entity", "subsample:2"]], ids=" ".join)
+def test_aligned_xar_on_two_processes_is_that_on_one(tmp_path, small_teacher, flags):
+    """Across the end of the alignment, where DDP's wrapper is rebuilt."""
+    flags = [*GUIDED_XAR, "--steps", "12", "--stop", "6", "--lr", "0.005", *flags]
+    logs = three_ways(tmp_path, *flags, program=XAR, teacher=small_teacher)
+    for key in ("loss", "feature_loss", "attention_loss"):
+        assert_close(logs, 12, key)
+    assert ["feature_loss" in r for r in logs[1]] == [True] * 6 + [False] * 6
+
+
+def test_aligned_xar_resumes_and_stops_by_itself_on_two_processes(tmp_path, small_teacher):
+    flags = [*GUIDED_XAR, "--warmup", "0", "--decay", "0", "--stop", "auto", "--stop-warmup", "2", "--stop-interval", "2",
+             "--stop-threshold", "1", "--resume", "auto"]
+    train(2, *flags, "--steps", "6", out=tmp_path / "straight", program=XAR, teacher=small_teacher)
+    for steps in ("2", "6"):
+        train(2, *flags, "--steps", steps, out=tmp_path / "parts", program=XAR, teacher=small_teacher)
+    straight, parts = (checkpoint(tmp_path / name) for name in ("straight", "parts"))
+    assert same_weights(straight, parts, ("model", "ema", "opt", "projector")) and straight["tau"] == parts["tau"] == 2
+
+
 @pytest.mark.parametrize("entity, context", [("cell:4", "random"), ("scale", "clean")])
 def test_xar_on_two_processes_is_xar_on_one(tmp_path, entity, context):
     flags = ["--steps", "20", "--mirror", "--entity", entity, "--context", context,
@@ -504,6 +524,17 @@ def test_xar_samples_do_not_depend_on_the_number_of_processes(tmp_path):
         finish(start([*torchrun(processes), *words], f"{out}.txt"))
         images.append(np.load(out)["arr_0"].astype(int))
     assert images[0].shape == (5, 8, 8, 3) and abs(images[0] - images[1]).max() <= 1
+
+
+def test_compiled_aligned_xar_does_not_recompile_at_its_end(tmp_path, small_teacher):
+    """Its blocks are compiled twice, with taps and without, in the first step."""
+    flags = [*GUIDED_XAR, "--steps", "10", "--stop", "5", "--lr", "1e-3"]
+    train(1, *flags, out=tmp_path / "eager", program=XAR, teacher=small_teacher)
+    text = train(1, *flags, "--compile", out=tmp_path / "compiled", program=XAR, teacher=small_teacher,
+                 env={"TORCH_LOGS": "recompiles"})
+    for a, b in zip(rows_of(tmp_path / "eager"), rows_of(tmp_path / "compiled")):
+        assert abs(a["loss"] / b["loss"] - 1) < 0.02, a["step"]
+    assert len(re.findall("Recompiling function", text)) == 1, text
 
 
 def test_xar_precision_and_compile(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, TINY_XAR, same_weights
+from conftest import GUIDED_XAR, TINY, TINY_XAR, same_weights
 from test_teacher import build
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,6 +139,21 @@ def small_xar(entity="cell:4", grid=8, **kwargs):
     return xar.XAR(grid, 1, 32, 1, 1, 2, 10, entity, **kwargs)
 
 
+def guided_xar(entity="cell:4"):
+    return small_xar(entity, z_dim=16, projector_dim=8, feature_depth=1)
+
+
+def xar_losses(net, device=None, context="random"):
+    """The terms of an aligned step of xAR."""
+    q, k = randn(B, 3, 64, 8, device=device), randn(B, 3, 64, 8, device=device)
+    targets = randn(B, 64, 16, device=device), [(q, k)] * 2
+    t = torch.rand(B, len(net.sizes), device=device or CUDA)
+    eps = randn(B, 64, 1, device=device)
+    total, terms = xar_train.losses(net, net, randn(B, 1, 8, 8, device=device), classes(device), t, eps, targets,
+                                    [(0, 1), (1, 2)], xar_train.Config(context=context), exact=True)
+    return total, *terms.values()
+
+
 def randn(*shape, device=None):
     return torch.randn(shape, device=device or CUDA)
 
@@ -203,7 +218,7 @@ def taught(net):
     for layer in net.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.bfloat16()
-    return haste_train.teacher_targets(net, pixels(1), [(0, 1)], run.autocast("auto", CUDA))
+    return align.teacher_targets(net, pixels(1), [(0, 1)], run.autocast("auto", CUDA))
 
 
 # name: (make the network on the CPU, --precision, what happens on CUDA, shapes that come out, their dtype or dtypes)
@@ -259,6 +274,9 @@ FORWARDS = {
         lambda entity=entity: small_xar(entity, 4), "auto",
         lambda net, cfg=cfg: net.sample(classes(), 2, cfg, run.indexed_randn(0, range(B))), [(B, 1, 4, 4)], FLOAT)
        for entity, cfg in (("cell:2", 2.0), ("scale", 2.0), ("image", 1.0))},
+    **{f"aligned xAR {entity} {context}": (
+        lambda entity=entity: guided_xar(entity), "auto", lambda net, context=context: xar_losses(net, context=context),
+        [()] * 4, FLOAT) for entity, context in (("cell:4", "random"), ("patch", "clean"), ("image", "random"))},
     "growth": (small_xar, "auto", lambda net: evaluate.growth(net, randn(B, 64, 1)), [(B, 4, 1, 8, 8)], FLOAT),
     "encoder": (lambda: vae.AutoencoderKL((1, 1), 4, True), "fp32", lambda net: net.encode(randn(B, 3, 8, 8)),
                 [(B, 4, 4, 4)] * 2, FLOAT),
@@ -354,7 +372,7 @@ def pretend(fake, monkeypatch, tmp_path, small_teacher):
     copy that waits; only the end of the alignment may.
     """
     wait, steps = NoWait(), []
-    clip, drop = torch.nn.utils.clip_grad_norm_, haste_train.drop_projector
+    clip = torch.nn.utils.clip_grad_norm_
 
     def watched_clip(parameters, largest):
         steps.append(1)
@@ -364,9 +382,11 @@ def pretend(fake, monkeypatch, tmp_path, small_teacher):
             p.grad = torch.zeros_like(p)
         return clip(parameters, largest)
 
-    def watched_drop(*args):
-        wait.on = False
-        return drop(*args)
+    def watched(drop):
+        def watched_drop(*args):
+            wait.on = False
+            return drop(*args)
+        return watched_drop
 
     def end(*args):
         raise NeedsNumbers
@@ -374,11 +394,12 @@ def pretend(fake, monkeypatch, tmp_path, small_teacher):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
-    monkeypatch.setattr(haste_train, "drop_projector", watched_drop)
+    for program in (haste_train, xar_train):
+        monkeypatch.setattr(program, "drop_projector", watched(program.drop_projector))
     monkeypatch.setattr(run, "refuse_nonfinite", end)
 
     def call(program, *flags, source="digits"):
-        base = [*TINY, "--teacher-weights", str(small_teacher)] if program is haste_train else TINY_XAR
+        base = [*(TINY if program is haste_train else TINY_XAR), "--teacher-weights", str(small_teacher)]
         images = data.open_data(str(source))                                # real: the reader's thread has no fake ones
         monkeypatch.setattr(data, "open_alike", lambda *args: images)
         steps.clear()
@@ -391,6 +412,7 @@ def pretend(fake, monkeypatch, tmp_path, small_teacher):
 
 
 @pytest.mark.parametrize("program,source", [(haste_train, "packed"), (haste_train, "scenes"), (xar_train, "digits"),
+                                            (xar_train, "guided"),
                                             pytest.param(haste_train, "digits", marks=pytest.mark.slow),
                                             pytest.param(xar_train, "packed", marks=pytest.mark.slow)])
 def test_training_neither_mixes_devices_nor_waits(program, source, pretend, packed_folder, capsys, monkeypatch):
@@ -402,11 +424,11 @@ def test_training_neither_mixes_devices_nor_waits(program, source, pretend, pack
     if source == "packed":
         steps = pretend(program, "--mirror", "--accumulate", "2", source=packed_folder)
     else:
-        model = ["--model", "MMDiT-Ti/4"] if source == "scenes" else []
-        steps = pretend(program, *model, source=source)
+        flags = {"scenes": ["--model", "MMDiT-Ti/4"], "guided": GUIDED_XAR}.get(source, [])
+        steps = pretend(program, *flags, source=source.replace("guided", "digits"))
     printed = capsys.readouterr().out
     assert steps == 4 and "1 process(es) on cuda, bf16" in printed
-    if program is haste_train:
+    if program is haste_train or source == "guided":
         assert compiled == [4, 4] and emptied == [1] and "step 3: alignment ends" in printed    # student, teacher
     else:
         assert compiled == [2]                                              # encoder and decoder
@@ -428,15 +450,17 @@ def test_a_step_that_waits_raises(pretend, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--entity", "cell:4"], ["--entity", "scale"], ["--entity", "patch"],
-                                   ["--entity", "image"], ["--context", "clean"]])
+                                   ["--entity", "image"], ["--context", "clean"],
+                                   GUIDED_XAR, [*GUIDED_XAR, "--entity", "image"]])
 def test_cudnn_serves_no_attention_with_a_mask(flags, pretend, monkeypatch):
     """pytorch#196678: with a mask its gradients may be NaN, at 64 tokens, say."""
-    masked, dense_or_masked = [], xar.attention
+    masked, dense_or_masked, aligned = [], xar.attention, haste.attend
 
     def watched(q, k, v, sizes, mask, dropout):
         masked.append(mask is not None)
         return dense_or_masked(q, k, v, sizes, mask, dropout)
     monkeypatch.setattr(xar, "attention", watched)
+    monkeypatch.setattr(haste, "attend", lambda *qkv: (masked.append(qkv[3] is not None), aligned(*qkv))[1])
     torch.backends.cuda.enable_cudnn_sdp(True)
     pretend(xar_train, *flags, "--steps", "1")
     assert torch.backends.cuda.cudnn_sdp_enabled() == (not any(masked))
@@ -485,7 +509,7 @@ def test_evaluation_draws_on_the_device(fake, monkeypatch):
             (evaluate.evaluate_sit, student(), None, [labels, contrast], haste_train.Config(**few)),
             (evaluate.evaluate_sit, small_dit(), None, [labels, None], haste_train.Config(objective="ddpm", **few)),
             (evaluate.evaluate_sit, small_mmdit(), small_clip(), [captions, None], haste_train.Config(**few)),
-            (xar_train.evaluate_ema, small_xar(), None, [], xar_train.Config(**few))):
+            (evaluate.evaluate_xar, small_xar(), None, [], xar_train.Config(**few))):
         with fake():
             if own:
                 own = [condition_of(encoder and encoder.to(CUDA)), *own]
@@ -560,6 +584,8 @@ BACKWARDS = {
         lambda net, context=context: net.loss(randn(B, 1, net.grid, net.grid, device="meta"), classes("meta"),
                                               context=context))
        for entity, grid in (("cell:4", 8), ("cell:8", 16), ("scale", 8)) for context in ("random", "clean")},
+    **{f"aligned xAR {context}": (guided_xar, lambda net, context=context: xar_losses(net, "meta", context)[0])
+       for context in ("random", "clean")},
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import Golden, distance
 from fill import fill_state_dict
 
+import align
 import evaluate
 import run
 import xar
@@ -299,6 +300,100 @@ def test_cache_is_one_piece_of_memory(monkeypatch):
     assert made[0].dtype == torch.bfloat16 and v.dtype == torch.float32
 
 
+# ---- taps, for an alignment
+
+ALIGNED = dict(z_dim=6, projector_dim=8, feature_depth=2)
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+@pytest.mark.parametrize("clean", [False, True])
+def test_taps_change_nothing_and_see_nothing_later(entity, clean):
+    model = small(entity, **ALIGNED)
+    L, M = sum(model.sizes), len(model.sizes)
+    tokens, t, y = torch.randn(2, L, 1), torch.rand(2, M), torch.arange(2)
+    context = torch.randn(2, L, 1) if clean else None
+    with torch.no_grad():
+        expected = model(tokens, t, y, context)
+        v, z, taps = model(tokens, t, y, context, tap_layers=[0, 2])
+        assert torch.equal(v, expected) and z.shape == (2, L, 6)
+        assert [x.shape for x in sum(taps, ())] == [(2, 2, L * (1 + clean), 16)] * 4
+        assert model(tokens, t, y, context, tap_layers=())[2] == []
+        assert torch.equal(model(tokens, t, y, context, tap_layers=())[1], z)
+        for n in range(M):
+            begin = sum(model.sizes[:n])
+            other, other_t = tokens.clone(), t.clone()
+            other[:, begin:] += 1
+            other_t[:, n:] = 1 - t[:, n:]
+            _, z_2, taps_2 = model(other, other_t, y, context, tap_layers=[0, 2])
+            assert torch.equal(z_2[:, :begin], z[:, :begin]) and (z_2[:, begin:] != z[:, begin:]).any(-1).all()
+            for a, b in zip(sum(taps_2, ()), sum(taps, ())):
+                a, b = a[:, :, -L:], b[:, :, -L:]                           # with a clean context, the noisy half
+                assert torch.equal(a[:, :, :begin], b[:, :, :begin]) and not torch.equal(a[:, :, begin:], b[:, :, begin:])
+    plain = small(entity)
+    assert plain(tokens, t, y, context, tap_layers=[1])[1] is None and plain.projector is None
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_taps_are_what_attention_gets_and_z_is_the_block_projected(entity, monkeypatch):
+    model, seen, outs, real = small(entity, **ALIGNED), [], [], xar.attention
+    monkeypatch.setattr(xar, "attention", lambda q, k, *rest: (seen.append((q, k)), real(q, k, *rest))[1])
+    model.encoder_blocks[1].register_forward_hook(lambda m, args, out: outs.append(out[0].flatten(1, 2)))
+    tokens, t = torch.randn(2, sum(model.sizes), 1), torch.rand(2, len(model.sizes))
+    with torch.no_grad():
+        _, z, taps = model(tokens, t, tap_layers=[2, 0])                    # in the order that was asked for
+        assert torch.equal(z, model.projector(outs[0]))
+    for found, i in zip(taps, (2, 0)):
+        assert torch.equal(found[0], seen[i][0]) and torch.equal(found[1], seen[i][1])
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+@pytest.mark.parametrize("clean", [None, True])
+def test_targets_stand_where_the_students_tokens_stand(entity, clean):
+    """A teacher whose values are places: token by token, they are the places of the student's rotary embedding."""
+    model = small(entity)
+    i = torch.arange(64)
+    places = torch.stack([i // 8, i % 8], dim=1).float()                    # of the grid, in raster order
+    q = places.expand(1, 3, 64, 2)
+    taps = [] if entity == "scale" else [(q, q + 1)]                        # a pyramid has no attention alignment
+    tokens, taps, mask = align.in_entity_order(model, (places[None], taps), clean)
+    d = model.rope_cos.shape[1] // 2                                        # the first frequency of each axis is 1
+    assert torch.allclose(tokens[0].cos(), model.rope_cos[:, [0, d]], atol=1e-5)
+    assert torch.allclose(tokens[0].sin(), model.rope_sin[:, [0, d]], atol=1e-5)
+    copies = 2 if clean else 1
+    for q, k in taps:
+        assert torch.equal(q[0, 0], tokens[0].repeat(copies, 1)) and torch.equal(k, q + 1)
+    if entity == "image":
+        assert mask is None
+    else:
+        assert mask.shape == (copies * sum(model.sizes),) * 2
+
+
+def test_the_mask_is_who_sees_whom():
+    """Of both kinds, by definition: entity n sees itself and the earlier ones, with teacher forcing their clean copies."""
+    e = torch.tensor([0, 1, 1, 2])
+    assert torch.equal(xar.visible(e), torch.tensor([[e[k] <= e[q] for k in range(4)] for q in range(4)]))
+    both = xar.visible(e, 2)
+    for q in range(8):
+        for k in range(8):
+            if q < 4:
+                sees = k < 4 and e[k] <= e[q]
+            else:
+                sees = e[k] < e[q - 4] if k < 4 else e[k - 4] == e[q - 4]
+            assert both[q, k] == sees
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+def test_the_projector_comes_last(entity):
+    """All other weights of a seed are the same with and without it."""
+    nets = []
+    for kwargs in ({}, ALIGNED):
+        torch.manual_seed(0)
+        nets.append(xar.XAR(8, 1, 32, 2, 1, 2, 10, entity, **kwargs).state_dict())
+    plain, guided = nets
+    assert all(torch.equal(w, guided[name]) for name, w in plain.items())
+    assert list(guided)[-6:] == [n for n in guided if n not in plain] and all(n.startswith("projector.") for n in list(guided)[-6:])
+
+
 # ---- loss
 
 def test_image_is_plain_flow_matching():
@@ -347,8 +442,8 @@ def test_label_dropout_and_no_label(monkeypatch):
     for drop in (0.0, 0.3, 1.0):
         model.loss(x, y, label_drop=drop)
         assert abs((seen[-1] == 10).float().mean() - drop) < 0.03
-    model.loss(x)
-    assert (seen[-1] == 10).all() and not y.any()
+    model.loss(x, label_drop=0.5)
+    assert seen[-1] is None and not y.any()                                 # None is no label
 
 
 def test_loss_and_time_are_never_bfloat16():

@@ -128,7 +128,7 @@ def haste_memory(cfg):
     one = haste_activations(cfg, 1)
     activations = one + (cfg.depth - 1) * (haste_activations(cfg, 2) - one)
     if cfg.align != "none":
-        feature_depth, pairs = align.choose_layers(cfg)
+        feature_depth, pairs = align.choose_layers(cfg, cfg.depth, cfg.depth)
         z_dim, _ = teacher_sizes(cfg)
         arch.update(z_dim=z_dim, encoder_depth=feature_depth)
         features = haste_activations(cfg, 1, guided=True)

@@ -121,14 +121,14 @@ def xar_network(model, tokens, t, y, first=0, past=None):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = block.ada_lin(c).chunk(6, dim=-1)
         rope = model.rope_cos[rows], model.rope_sin[rows]
         out, keys_values = xar_attention(block.attn, block.norm(x) * (1 + scale1) + shift1, rope,
-                                         mask, past[i], model.attn_dropout)
+                                         mask, past[i])
         cache.append(keys_values)
         x = x + gamma1 * out
         x = x + gamma2 * block.mlp(block.norm(x) * (1 + scale2) + shift2)
     return model.pred(model.decoder_norm(x)), cache
 
 
-def xar_attention(attn, x, rope, mask, past, attn_dropout):
+def xar_attention(attn, x, rope, mask, past):
     """Return the output [B,N,D], and keys and values [B,H,N,d] that have grown by x's own.
 
     The library gives no mask to attention where it can do without, and its cache does not move.
@@ -141,7 +141,7 @@ def xar_attention(attn, x, rope, mask, past, attn_dropout):
     if past is not None:
         k = torch.cat([past[0], k], dim=2)
         v = torch.cat([past[1], v], dim=2)
-    dropout = attn_dropout if attn.training else 0.0
+    dropout = attn.attn_dropout if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attn.drop(attn.proj(out.transpose(1, 2).reshape(B, N, D))), (k, v)
 

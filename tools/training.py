@@ -191,7 +191,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
 
     Captions are encoded already, as prepare.py can do it.
     """
-    feature_depth, pairs = align.choose_layers(cfg, teacher.depth)
+    feature_depth, pairs = align.choose_layers(cfg, cfg.depth, cfg.depth, teacher.depth)
     arch = arch_of(cfg, args.channels, args.size, args.pixels)
     arch.update(z_dim=teacher.embed_dim, encoder_depth=feature_depth)
     guided, free, plain, theirs = haste_states(cfg, arch, device)
@@ -206,7 +206,7 @@ def haste_steps(args, cfg, teacher, device, autocast):
         def loss(rows):
             targets = None
             if state.model.projectors is not None:                          # autocast is on already
-                targets = haste_train.teacher_targets(teacher, pixels[rows], pairs, nullcontext())
+                targets = align.teacher_targets(teacher, pixels[rows], pairs, nullcontext())
             total, _ = haste_train.losses(state.model, x[rows], y[rows], t[rows], eps[rows],
                                           targets, pairs, cfg)
             return total
@@ -237,7 +237,7 @@ def xar_steps(args, cfg, device, autocast):
     model = xar.XAR(grid=args.size, channels=args.channels, num_classes=CLASSES, entity=cfg.entity,
                     dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, **xar_train.check(cfg, 1))
     model = in_mid_training(model).to(device)
-    ours = State(model, *xar_train.training_state(cfg, model, None))
+    ours = State(model, *xar_train.training_state(cfg, model, None)[:2])
     B = args.batch_size
     x = torch.randn(B, args.channels, args.size, args.size, device=device)
     eps = torch.randn(B, sum(model.sizes), args.channels, device=device)
