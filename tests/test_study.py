@@ -7,7 +7,7 @@ import pytest
 import haste_train
 import run
 import xar_train
-from experiments import clutter, digits, scenes, study
+from experiments import clutter, digits, scenes, study, xar_haste
 
 
 def test_steps_to_a_level():
@@ -42,22 +42,14 @@ def test_a_level_that_is_not_reached_is_said(capsys):
     assert "| slower | 1 of 2 seeds |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [digits, clutter])
-def test_flags_of_studies_are_flags(module):
-    """Every method of a study is a command that its program accepts."""
-    for methods in module.GROUPS.values():
+@pytest.mark.parametrize("program, groups", [
+    (haste_train, digits.GROUPS), (haste_train, clutter.GROUPS), (xar_train, xar_haste.GROUPS),
+    (haste_train, {"methods": scenes.METHODS, "start": scenes.START})], ids=["digits", "clutter", "xar", "scenes"])
+def test_every_method_of_a_study_is_a_command(program, groups):
+    for methods in groups.values():
         for flags in methods.values():
-            check(haste_train, flags)
-
-
-def test_flags_of_scenes_are_flags():
-    for flags in [*scenes.METHODS.values(), *scenes.START.values()]:
-        check(haste_train, flags)
-
-
-def check(program, flags):
-    cfg = run.parse(program.Config, flags, program.PROGRAM, "", program.PRESETS)
-    program.check(cfg, 1)
+            cfg = run.parse(program.Config, flags, program.PROGRAM, "", program.PRESETS)
+            program.check(cfg, 1)
 
 
 def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
