@@ -271,7 +271,7 @@ class XAR(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.entity = entity
-        self.feature_depth = feature_depth
+        self.feature_depth = feature_depth or encoder_depth
 
         # Of each token: its level's grid g, its raster index there, and its place on the finest
         # grid. A coarse token sits at the centre of what it averages.

@@ -370,7 +370,7 @@ def train(cfg, processes, stop):
         if cfg.eval_every:
             decode = processes.main_first(
                 lambda: vae.load_decoder(packed, cfg.vae, model.channels, processes.device))
-            reference = processes.on_main(lambda: evaluate.reference(images, inception))
+            reference = processes.on_main(lambda: evaluate.reference(images, inception, cfg.cache))
         log = run.Log(cfg, start, processes)
     if saved and saved["args"]["steps"] != cfg.steps:
         processes.print(f"note: --steps was {saved['args']['steps']}; warm-up and decay are shares "
