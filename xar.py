@@ -423,7 +423,7 @@ class XAR(nn.Module):
         return error.square().mean()
 
     def noised(self, latent, t=None, noise=None, context="random"):
-        """Return x_t [B,L,C], its times t, its velocity v, and the clean context or None."""
+        """Return x_t [B,L,C], times t, velocity v, and the clean context or None."""
         if context not in CONTEXTS:
             raise ValueError(f"context {context} is none of {', '.join(CONTEXTS)}")
         x = self.to_tokens(latent)  # [B,L,C]

@@ -9,7 +9,9 @@ and reads only the log of a run that is finished. Levels of quality are those of
 the same seed: same order, same noise of the evaluation.
 """
 
-import numpy as np
+import math
+import shutil
+
 import torch
 
 import data
@@ -20,10 +22,10 @@ import sit
 from experiments import study
 from haste_train import Config
 
-STEPS = 2000
+STEPS = 1500
 EVERY = 250                                                                 # steps between evaluations
-SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)                            # of the table over steps
-MARKS = (STEPS // 2, STEPS)                                                 # where plain training sets the levels
+SHOWN = range(2 * EVERY, STEPS + 1, 2 * EVERY)                              # of the table over steps
+MARKS = (2 * STEPS // 3, STEPS)                                             # where plain training sets the levels
 CLUTTER = ["--preset", "clutter"]
 PLAIN = [*CLUTTER, "--align", "none"]
 GROUPS = {  # {group: {name in the tables: flags}}; the first method sets the levels
@@ -33,8 +35,8 @@ GROUPS = {  # {group: {name in the tables: flags}}; the first method sets the le
         "attention only": [*CLUTTER, "--feature-weight", "0", "--stop", "never"],
         "HASTE, until a quarter": [*CLUTTER, "--stop", str(STEPS // 4)],
         "HASTE, until half": [*CLUTTER, "--stop", str(STEPS // 2)],
-        "HASTE, never stopped": [*CLUTTER, "--stop", "never"],
         "HASTE, automatic": [*CLUTTER, "--stop", "auto", "--stop-interval", "100"],
+        "HASTE, never stopped": [*CLUTTER, "--stop", "never"],
     },
     "settings": {
         "plain": PLAIN,
@@ -57,30 +59,32 @@ EACH = 2                                                                    # sa
 
 # ---- the trigger
 
-def cosines(folder):
-    """Return the steps of a run with --stop auto at which its gradients met, and their cosines."""
-    rows = [row for row in run.read_log(folder / "log.jsonl") if "grad_cosine" in row]
-    return np.array([[row["step"], row["grad_cosine"]] for row in rows]).T
-
-
 def print_trigger(out, seeds):
-    """Print where the automatic trigger has ended the alignment of each seed."""
+    """Print when the automatic trigger has ended the alignment of each seed.
+
+    A run in which it has not is bit for bit the one that is never stopped, and serves as that.
+    """
     for seed in range(seeds):
-        folder = study.folder_of("HASTE, automatic", seed, out)
-        tau = torch.load(folder / "ckpt.pt", weights_only=True)["tau"]
+        automatic = study.folder_of("HASTE, automatic", seed, out)
+        never = study.folder_of("HASTE, never stopped", seed, out)
+        tau = torch.load(automatic / "ckpt.pt", weights_only=True)["tau"]
         print(f"seed {seed}: the trigger ended the alignment at step {tau}")
+        if tau == math.inf and not never.exists():
+            shutil.copytree(automatic, never)
     print()
 
 
 def draw_cosines(out, seeds, path):
-    """Draw the cosine of both gradients over the runs that are never stopped."""
+    """Draw the cosine of both gradients over the runs with the automatic trigger."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3))
     for seed in range(seeds):
-        steps, values = cosines(study.folder_of("HASTE, never stopped", seed, out))
-        ax.plot(steps, values, label=f"seed {seed}", linewidth=1)
+        log = study.folder_of("HASTE, automatic", seed, out) / "log.jsonl"
+        rows = [row for row in run.read_log(log) if "grad_cosine" in row]
+        ax.plot([row["step"] for row in rows], [row["grad_cosine"] for row in rows],
+                label=f"seed {seed}", linewidth=1)
     ax.axhline(Config.stop_threshold, color="gray", linestyle=":", label="threshold")
     ax.set(title="cosine between the gradients of flow and alignment", xlabel="step")
     ax.legend(fontsize="small")
@@ -109,17 +113,25 @@ def draw_samples(out, path):
 def main():
     args = study.arguments(__doc__.splitlines()[0], "out/clutter", GROUPS)
     methods = GROUPS[args.group]
-    curves = study.train_all(methods, EVERY, args.out, args.seeds, args.jobs, STEPS,
-                             ("step", *SCORES))
+    seeds = args.seeds if args.group == "methods" else 1
+
+    def train(names):
+        return study.train_all({name: methods[name] for name in names}, EVERY, args.out, seeds,
+                               args.jobs, STEPS, ("step", *SCORES))
+
+    if args.group == "methods":
+        train([name for name in methods if name != "HASTE, never stopped"])
+        print_trigger(args.out, seeds)
+    curves = train(methods)
     study.print_last(curves, SCORES)
     study.print_over_steps(curves, SHOWN, OVER_STEPS)
     study.print_steps_to_levels(curves, "accuracy", "accuracy", -1, MARKS)
     study.print_steps_to_levels(curves, "fd", "Fréchet distance", 1, MARKS)
     picture = args.picture or args.out / f"{args.group}.png"
     study.draw(curves, picture, PANELS, width=10, legend=0)
-    print_trigger(args.out, args.seeds)
-    draw_cosines(args.out, args.seeds, picture.with_name(f"{picture.stem}_cosine.png"))
-    draw_samples(args.out, picture.with_name(f"{picture.stem}_samples.png"))
+    if args.group == "methods":
+        draw_cosines(args.out, seeds, picture.with_name(f"{picture.stem}_cosine.png"))
+        draw_samples(args.out, picture.with_name(f"{picture.stem}_samples.png"))
 
 
 if __name__ == "__main__":
