@@ -143,7 +143,8 @@ PRESETS = {
     # digits with captions; a teacher does not help there
     "scenes": dict(data="scenes", model="MMDiT-Ti/4", align="none", stop="250"),
     # a digit among fragments of others: what the images mean counts more than their pixels
-    "clutter": dict(data="clutter", model="SiT-Ti/4", teacher_steps=900, stop="750", steps=1500),
+    "clutter": dict(data="clutter", model="SiT-Ti/4", teacher_steps=900, feature_weight=2.0,
+                    stop="750", steps=1500),
     # CIFAR-10 at 32 x 32 pixels, 256 tokens, for one GPU
     "cifar10": dict(data="cifar10", mirror=True, model="SiT-S/2", teacher_steps=3000,
                     feature_weight=0.5, attention_weight=0.5, projector_dim=2048, stop="20000",

@@ -3,6 +3,7 @@
     python -m experiments.clutter               plain, REPA, HASTE and its parts: 21 runs,
                                                 two at a time on one thread each
     python -m experiments.clutter settings      how plain training was tuned: one seed
+    python -m experiments.clutter cost          how long a step takes, relative to plain training's
 
 Every run is `python haste_train.py FLAGS` with the flags printed here; the same command resumes,
 and reads only the log of a run that is finished. Levels of quality are those of plain training of
@@ -14,13 +15,17 @@ import shutil
 
 import torch
 
+import align
 import data
+import ddp
 import evaluate
+import haste_train
 import models
 import run
 import sit
 from experiments import study
 from haste_train import Config
+from tools import measure
 
 STEPS = 1500
 EVERY = 250                                                                 # steps between evaluations
@@ -38,6 +43,7 @@ GROUPS = {  # {group: {name in the tables: flags}}; the first method sets the le
         "HASTE, automatic": [*CLUTTER, "--stop", "auto", "--stop-interval", "100"],
         "HASTE, never stopped": [*CLUTTER, "--stop", "never"],
     },
+    "cost": {},
     "settings": {
         "plain": PLAIN,
         "learning rate 0.002": [*PLAIN, "--lr", "0.002"],
@@ -53,7 +59,7 @@ SCORES = {  # column of the log: title, digits, unit
 OVER_STEPS = {key: SCORES[key] for key in ("accuracy", "fd")}
 PANELS = {"accuracy": ("accuracy", "linear"),
           "fd": ("Fréchet distance on the classifier's features", "linear")}
-PICTURED = ("plain", "REPA", "HASTE, until half")
+PICTURED = ("plain", "REPA", "HASTE, until half")                           # in the picture of samples
 EACH = 2                                                                    # samples of a digit in the picture
 
 
@@ -93,6 +99,42 @@ def draw_cosines(out, seeds, path):
     plt.close(fig)
 
 
+# ---- the cost of a step
+
+def step_of(flags):
+    """Return a function that does forward and backward of one batch, as these flags say."""
+    cfg = run.parse(Config, flags, haste_train.PROGRAM, presets=haste_train.PRESETS)
+    haste_train.check(cfg, 1)
+    torch.manual_seed(cfg.seed)
+    images, _, teacher, pairs, model, _ = haste_train.build(cfg, None, cfg.align != "none",
+                                                            ddp.Processes("cpu"))
+    pixels, y = images.train.read(torch.arange(cfg.batch_size))
+    x = data.to_pixels(pixels)
+    eps = torch.randn_like(x)
+    t = torch.rand(len(x))
+    no_autocast = torch.autocast("cpu", enabled=False)
+
+    def step():
+        targets = None
+        if teacher is not None:
+            targets = align.teacher_targets(teacher, pixels, pairs, no_autocast)
+        total, _ = haste_train.losses(model, x, y, t, eps, targets, pairs, cfg)
+        total.backward()
+        model.zero_grad()
+    return step
+
+
+def print_costs(repeats=20):
+    """Print the time of a step of each method, without the optimizer, relative to the first."""
+    torch.set_num_threads(1)
+    names = ("plain", "REPA", "attention only", "HASTE, never stopped")
+    steps = {name: step_of(GROUPS["methods"][name]) for name in names}
+    seconds = measure.alternate(steps, repeats, torch.device("cpu"))
+    study.print_head("forward and backward of a step", "time")
+    for name in names:
+        study.print_row(name, f"{seconds[name] / seconds['plain']:.2f}")
+
+
 # ---- the picture
 
 @torch.no_grad()
@@ -112,6 +154,8 @@ def draw_samples(out, path):
 
 def main():
     args = study.arguments(__doc__.splitlines()[0], "out/clutter", GROUPS)
+    if args.group == "cost":
+        return print_costs()
     methods = GROUPS[args.group]
     seeds = args.seeds if args.group == "methods" else 1
 
