@@ -231,7 +231,10 @@ def evaluate_sit(ema, condition, prompts, contrast, decode, reference, cfg, proc
 
 
 def evaluate_xar(ema, decode, reference, cfg, processes, autocast):
-    """Do the same for xar_train.py; also draw OUT/growth.png, samples entity by entity."""
+    """Sample from an xAR's averaged weights, draw OUT/samples.png, and return the scores.
+
+    OUT/growth.png shows eight samples entity by entity. The rest is as in `evaluate_sit`.
+    """
     def tokens_of(rows):                                                    # indices [b] -> [b,L,C]
         labels = rows % ema.num_classes
         randn = run.indexed_randn(cfg.seed, rows)
@@ -247,7 +250,7 @@ def evaluate_xar(ema, decode, reference, cfg, processes, autocast):
     sample_sheet(samples, ema.num_classes, Path(cfg.out, "samples.png"))
 
     with autocast:
-        frames = growth(ema, tokens_of(torch.arange(8)))                   # [8,frames,C,h,w]
+        frames = growth(ema, tokens_of(torch.arange(8)))                    # [8,frames,C,h,w]
         pixels = to_uint8(decode(frames.flatten(0, 1)))
     save_grid(pixels, Path(cfg.out, "growth.png"), columns=frames.shape[1])
     return scores(samples, reference, ema.num_classes)

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import Golden, distance
+from conftest import GUIDED_XAR, Golden, distance
 from test_alignment import plain_form
 from test_dit import golden_dit
 from test_mmdit import golden_mmdit
@@ -31,6 +31,7 @@ import teacher
 import text
 import vae
 import xar
+import xar_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FP32, BF16 = 0.02, 0.1                                                      # largest distance of losses from the CPU's
@@ -216,17 +217,17 @@ def train(tiny_run, tiny_xar, packed_folder):
 @pytest.fixture
 def numbers(monkeypatch):
     """What the losses of both programs are given as labels, times and noise, step by step."""
-    seen, losses, loss = [], haste_train.losses, xar.XAR.loss
+    seen, losses, xar_losses = [], haste_train.losses, xar_train.losses
 
     def watched_losses(model, x, y, t, eps, *args, **kwargs):
         seen.append([n.cpu() for n in (y, t, eps)])
         return losses(model, x, y, t, eps, *args, **kwargs)
 
-    def watched_loss(model, x, y, t, eps, **kwargs):
+    def watched_xar_losses(model, net, x, y, t, eps, *args):
         seen.append([n.cpu() for n in (y, t, eps)])
-        return loss(model, x, y, t, eps, **kwargs)
+        return xar_losses(model, net, x, y, t, eps, *args)
     monkeypatch.setattr(haste_train, "losses", watched_losses)
-    monkeypatch.setattr(xar.XAR, "loss", watched_loss)
+    monkeypatch.setattr(xar_train, "losses", watched_xar_losses)
     return seen
 
 
@@ -234,7 +235,8 @@ def numbers(monkeypatch):
 @pytest.mark.parametrize("program,flags", [
     ("haste", ["--stop", "6"]), ("haste", ["--stop", "6", "--time", "lognormal", "--data", "packed", "--mirror"]),
     ("haste", ["--stop", "6", *SCENES, "--zero-init", "--lr", "0.005"]),      # at 0.02 rounding errors grow
-    ("xar", []), ("xar", ["--entity", "image"]), ("xar", ["--context", "clean"]),
+    ("xar", []), ("xar", ["--entity", "image"]), ("xar", ["--context", "clean"]), ("xar", GUIDED_XAR),
+    ("xar", [*GUIDED_XAR, "--entity", "image"]), ("xar", [*GUIDED_XAR, "--context", "clean"]),
     ("xar", ["--data", "packed", "--mirror"]),
 ])
 def test_a_run_is_the_cpus(program, flags, precision, bound, train, numbers, float32):
@@ -246,7 +248,7 @@ def test_a_run_is_the_cpus(program, flags, precision, bound, train, numbers, flo
     numbers.clear()
     found = train(program, *flags, "--device", "cuda", "--precision", precision)
     assert len(numbers) == 10 and all(torch.equal(a, b) for x, y in zip(numbers, drawn) for a, b in zip(x, y))
-    names = ["loss", "feature_loss", "attention_loss"] if program == "haste" else ["loss"]
+    names = [name for name in ("loss", "feature_loss", "attention_loss") if name in expected[0]]
     assert {name: gap(found, expected, name) < bound for name in names} == dict.fromkeys(names, True)
     assert gap(found, expected, "grad_norm") < 5 * bound
 
@@ -295,7 +297,8 @@ def test_stopped_run_goes_on(program, train, float32, monkeypatch, tmp_path):
     assert gap(train(program, *flags, "--device", "cpu"), straight, "loss") < FP32
 
 
-@pytest.mark.parametrize("program,flags", [("haste", ["--stop", "3"]), ("xar", []), ("xar", ["--entity", "image"])])
+@pytest.mark.parametrize("program,flags", [("haste", ["--stop", "3"]), ("xar", []), ("xar", ["--entity", "image"]),
+                                           ("xar", GUIDED_XAR)])
 def test_compiled_blocks_on_packed_data(program, flags, train, float32):
     """Also across the end of the alignment, where the taps end."""
     flags = [*flags, "--data", "packed", "--mirror", "--device", "cuda", "--precision", "fp32", "--steps", "6"]
@@ -307,7 +310,8 @@ SYNCHRONISING = [("haste", []), ("haste", ["--accumulate", "2"]), ("haste", ["--
                  ("haste", SCENES),
                  ("haste", ["--compile"]), ("haste", ["--align", "none"]), ("xar", []), ("xar", ["--accumulate", "2"]),
                  ("xar", ["--data", "packed", "--mirror"]), ("xar", ["--compile"]), ("xar", ["--entity", "image"]),
-                 ("xar", ["--context", "clean", "--dropout", "0.1", "--attn-dropout", "0.1"])]
+                 ("xar", ["--context", "clean", "--dropout", "0.1", "--attn-dropout", "0.1"]),
+                 ("xar", [*GUIDED_XAR, "--stop", "never"]), ("xar", [*GUIDED_XAR, "--stop", "never", "--compile"])]
 
 
 @pytest.mark.parametrize("program,flags", SYNCHRONISING, ids=[" ".join([p, *flags]) for p, flags in SYNCHRONISING])

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, distance, photographs, same_weights, tiny_vae
+from conftest import GUIDED_XAR, ROOT, distance, photographs, same_weights, tiny_vae
 from PIL import Image
 
+import align
 import data
 import haste_train
 import packed
 import prepare as prepare_program
 import run
 import vae
+import xar
 import xar_train
 
 ARRAYS = ("images", "moments", "labels", "done")
@@ -452,6 +454,26 @@ def test_xar_trains_on_packed_latents(tiny_xar, packed_folder, tmp_path):
         tiny_xar(*flags[:3], "--latent-channels", "16", out="bad")
 
 
+def test_xar_with_a_teacher_reads_packed_images_until_tau(tiny_xar, packed_folder, monkeypatch):
+    """The teacher sees the photographs, mirrored as the latents are; from tau on nobody reads them."""
+    read, seen, original, targets = [], [], data.PackedSet.read, align.teacher_targets
+    monkeypatch.setattr(data.PackedSet, "read", lambda self, rows: (read.append(len(rows)), original(self, rows))[1])
+    monkeypatch.setattr(align, "teacher_targets", lambda net, pixels, *more: (
+        seen.append(pixels), targets(net, pixels, *more))[1])
+    flags = ["--data", str(packed_folder), "--mirror", "--eval-every", "0", "--log-every", "1", *GUIDED_XAR]
+    rows, saved = tiny_xar(*flags, "--steps", "7")
+    assert read == [8] * 3 and len(seen) == 3 and saved["arch"]["channels"] == 4
+    assert ["attention_loss" in r for r in rows] == [True] * 3 + [False] * 4
+    images, cfg = data.open_data(str(packed_folder)), xar_train.Config(mirror=True, batch_size=8)
+    model = xar.load_xar(Path(saved["args"]["out"], "ckpt.pt"))
+    for step, pixels in enumerate(seen):
+        chosen = torch.from_numpy(data.global_rows(len(images.train), 0, step, 8))
+        mirrored = xar_train.random_numbers(cfg, step, model, True)[3]
+        assert torch.equal(pixels, data.mirror(images.train.read(chosen)[0], mirrored))
+    auto = ["--stop", "auto", "--stop-warmup", "1", "--stop-interval", "1", "--stop-threshold", "1"]
+    assert tiny_xar(*flags, *auto, out="auto")[1]["tau"] == 1               # the held batch is of latents, too
+
+
 def test_xar_decodes_with_the_named_file(tiny_xar, packed_folder, tmp_path):
     flags = ["--data", str(packed_folder), "--vae"]
     assert tiny_xar(*flags, str(packed_folder.parent / "vae.pt"))[0][-1]["fd"] > 0
@@ -460,7 +482,7 @@ def test_xar_decodes_with_the_named_file(tiny_xar, packed_folder, tmp_path):
 
 
 def test_presets_are_the_papers_settings(tmp_path):
-    for module, names in ((haste_train, ("b", "l", "xl", "dit-xl", "xl-repa", "xl-plain")), (xar_train, ("b", "l", "h"))):
+    for module, names in ((haste_train, ("b", "l", "xl", "dit-xl", "xl-repa", "xl-plain")), (xar_train, ("b", "l", "h", "b-haste"))):
         fields = {f.name for f in dataclasses.fields(module.Config)}
         for name in [f"imagenet256-{n}" for n in names] + (["imagenet512-xl"] if module is haste_train else []):
             assert module.PRESETS[name].keys() <= fields

@@ -264,6 +264,34 @@ def test_the_teacher_guides_before_tau_and_is_gone_after(tiny_xar, monkeypatch, 
     assert watch.calls == 4 and "--stop never: features after" in capsys.readouterr().out
 
 
+def test_teacher_and_projector_are_freed_at_the_end_of_the_alignment(tiny_xar, monkeypatch):
+    """Also compiled, where counting references does not free them, and although every step was saved."""
+    seen, alive = [], []
+    make, losses, drop = align.make_teacher, xar_train.losses, xar_train.drop_projector
+    compile_block = torch.nn.Module.compile
+
+    def watched_make(*args):
+        net = make(*args)
+        seen.append(weakref.ref(net.blocks[0].attn.qkv.weight))
+        return net
+
+    def watched_drop(model, opt):
+        seen.append(weakref.ref(model.projector[0].weight.untyped_storage()))
+        drop(model, opt)
+        return {}                                                           # on a CPU, what is kept is no copy
+
+    def watched_losses(*args):
+        alive.append([reference() is not None for reference in seen])
+        return losses(*args)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_block(self, backend="eager"))
+    monkeypatch.setattr(align, "make_teacher", watched_make)
+    monkeypatch.setattr(xar_train, "drop_projector", watched_drop)
+    monkeypatch.setattr(xar_train, "losses", watched_losses)
+    tiny_xar(*GUIDED_XAR, "--compile", "--eval-every", "0", "--save-every", "1", "--steps", "5")
+    torch._dynamo.reset()
+    assert alive == [[True]] * 3 + [[False, False]] * 2
+
+
 def test_an_alignment_that_never_begins_is_none(tiny_xar, monkeypatch):
     watch = Watch(monkeypatch)
     flags = ["--dropout", "0.2", "--steps", "6", "--depth", "4"]

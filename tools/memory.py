@@ -95,16 +95,30 @@ def haste_activations(cfg, depth, guided=False, pairs=0):
 
 
 @without_numbers
-def xar_activations(cfg, depth):
-    """Return the bytes that one image keeps in an xAR of `depth` blocks, and in its loss."""
+def xar_activations(cfg, depth, guided=False, pairs=0):
+    """Return the bytes that one image keeps in an xAR of `depth` blocks, and in its loss.
+
+    `guided` and `pairs` are as above.
+    """
     channels, side, _ = training.geometry(cfg)
     sizes = dict(xar_train.check(cfg, 1), encoder_depth=depth - 1, decoder_depth=1)
+    D, H = teacher_sizes(cfg)
+    if guided:
+        sizes.update(z_dim=D, projector_dim=cfg.projector_dim, feature_depth=1)
     # no dropout of attention: on a GPU it is fused, but on a CPU it writes the map down
     model = xar.XAR(side, channels, num_classes=1, entity=cfg.entity, dropout=cfg.dropout, **sizes)
+    N = side ** 2
 
     def loss(x):
-        y = torch.zeros(len(x), dtype=torch.long)
-        return model.loss(x, y, context=cfg.context)
+        B = len(x)
+        y = torch.zeros(B, dtype=torch.long)
+        t = torch.zeros(B, len(model.sizes))
+        eps = torch.zeros(B, sum(model.sizes), channels)
+        targets = None
+        if guided:
+            taps = torch.zeros(pairs, 2, B, H, N, D // H, dtype=torch.bfloat16)
+            targets = torch.zeros(B, N, D), [(q.clone(), k.clone()) for q, k in taps]
+        return xar_train.losses(model, model, x, y, t, eps, targets, [(0, 0)] * pairs, cfg)
     return bytes_an_image(model, loss, (channels, side, side))
 
 
@@ -135,28 +149,41 @@ def haste_memory(cfg):
         activations += features - one
         if pairs:
             activations += len(pairs) * (haste_activations(cfg, 1, True, 1) - features)
-    frozen = 0
     with torch.device("meta"):
         model = models.create(arch)
-        if cfg.align != "none" and cfg.teacher != "small":
-            config, _ = teachers.TEACHERS[cfg.teacher]
-            family = cfg.teacher.split("_")[0]
-            frozen += count_parameters(teachers.ViT(**config, family=family))
+        frozen = teacher_parameters(cfg)
         if training.text_of(cfg) is training.CLIP:
             frozen += count_parameters(text.ClipText(**training.CLIP))
     return activations, count_parameters(model), frozen
 
 
 def xar_memory(cfg):
-    """Return an xAR preset's bytes of activations an image, and its parameters; none is frozen."""
+    """Return an xAR preset's bytes of activations an image, its parameters, and its teacher's."""
     channels, side, _ = training.geometry(cfg)
     sizes = xar_train.check(cfg, 1)
     two = xar_activations(cfg, 2)
     blocks = sizes["encoder_depth"] + sizes["decoder_depth"]
     activations = two + (blocks - 2) * (xar_activations(cfg, 3) - two)
+    if cfg.align != "none":
+        feature_depth, pairs = xar_train.choose_layers(cfg, sizes)
+        z_dim, _ = teacher_sizes(cfg)
+        sizes.update(z_dim=z_dim, projector_dim=cfg.projector_dim, feature_depth=feature_depth)
+        features = xar_activations(cfg, 2, guided=True)
+        activations += features - two
+        if pairs:
+            activations += len(pairs) * (xar_activations(cfg, 2, True, 1) - features)
     with torch.device("meta"):
         model = xar.XAR(side, channels, num_classes=training.CLASSES, entity=cfg.entity, **sizes)
-    return activations, count_parameters(model), 0
+        frozen = teacher_parameters(cfg)
+    return activations, count_parameters(model), frozen
+
+
+def teacher_parameters(cfg):
+    """Return the number of parameters of a preset's teacher: 0 if it has none, or the small one."""
+    if cfg.align == "none" or cfg.teacher == "small":
+        return 0
+    config, _ = teachers.TEACHERS[cfg.teacher]
+    return count_parameters(teachers.ViT(**config, family=cfg.teacher.split("_")[0]))
 
 
 def count_parameters(model):
