@@ -30,7 +30,6 @@ import sit
 import teacher
 import text
 import vae
-import xar
 import xar_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
