@@ -12,7 +12,6 @@ s = 1 is one generated from nothing but the label. So the context stays near the
 velocity is measured, and the same images, noise and times serve all models.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,9 @@ import numpy as np
 import torch
 
 import data
+import run
 import xar
+from experiments import study
 
 BATCH = 16
 SIZE = ["--depth", "4", "--batch-size", str(BATCH), "--eval-samples", "400"]    # at most 90 s a run
@@ -38,26 +39,18 @@ COLUMNS = (("fd", 3, 1), ("fd_held", 3, 1), ("accuracy", 1, 100), ("nearest", 3,
 
 # ---- runs
 
-def read_log(folder):
-    """Return the rows of a run's log; an empty list if there is none."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def train(entity, context, seed, steps, out):
     """Train unless that is done already. Returns the run's folder and the last row of its log."""
     folder = out / f"{entity.replace(':', '')}_{context}_{seed}"
     flags = [*SIZE, "--entity", entity, "--context", context, "--seed", str(seed),
              "--steps", str(steps), "--eval-every", str(steps), "--save-every", "0",
              "--out", str(folder)]
-    rows = read_log(folder)
+    rows = run.read_log(folder / "log.jsonl")
     if not rows or rows[-1]["step"] < steps:
         print("python xar_train.py", *flags, flush=True)
         subprocess.run([sys.executable, "xar_train.py", *flags], check=True,
                        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    last = read_log(folder)[-1]
+    last = run.read_log(folder / "log.jsonl")[-1]
     return folder, {**last, "images_per_s": last["step"] * BATCH / last["seconds"]}
 
 
@@ -110,15 +103,6 @@ def exposure(model, latent, y, num_steps=10):
 
 # ---- tables and picture
 
-def plus_minus(values, digits=3, unit=1):
-    """Return the mean of some runs' values, and its standard deviation, as text."""
-    values = unit * np.array(values)
-    text = f"{values.mean():.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {values.std(ddof=1):.{digits}f}"
-    return text
-
-
 def print_row(name, cells):
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
@@ -131,10 +115,10 @@ def print_table(title, runs):
     for name, results in runs.items():
         cells = []
         for key, digits, unit in COLUMNS:
-            cells.append(plus_minus([row[key] for _, row in results], digits, unit))
-        cells.append(plus_minus([row["images_per_s"] for _, row in results], digits=0))
+            cells.append(study.plus_minus([row[key] for _, row in results], digits, unit))
+        cells.append(study.plus_minus([row["images_per_s"] for _, row in results], digits=0))
         models = [xar.load_xar(folder / "ckpt.pt") for folder, _ in results]
-        cells.append(plus_minus([images_per_second(model) for model in models], digits=1))
+        cells.append(study.plus_minus([images_per_second(model) for model in models], digits=1))
         print_row(name, cells)
     print()
 
@@ -145,8 +129,8 @@ def print_exposure(errors):
     print_row(title, [*(f"{s:g}" for s in LEVELS), "s = 1 over s = 0"])
     print("|---|" + "---|" * (len(LEVELS) + 1))
     for context, e in errors.items():
-        cells = [plus_minus(level) for level in e.T]
-        cells.append(plus_minus(e[:, -1] / e[:, 0], digits=2))
+        cells = [study.plus_minus(level) for level in e.T]
+        cells.append(study.plus_minus(e[:, -1] / e[:, 0], digits=2))
         print_row(context, cells)
 
 
