@@ -63,6 +63,17 @@ PICTURED = ("plain", "REPA", "HASTE, until half")                           # in
 EACH = 2                                                                    # samples of a digit in the picture
 
 
+def print_real(images):
+    """Print the scores of as many real images, of held-out digits: no sample can do better."""
+    held = images.held
+    count = Config.eval_samples
+    of_class = [(held.labels == c).nonzero()[:count // 10, 0] for c in range(10)]
+    pixels, _ = held.read(torch.stack(of_class, dim=1).flatten())           # classes in turn, as samples
+    row = evaluate.scores(pixels, evaluate.reference(images))
+    print(f"{count} real images of held-out digits: accuracy {100 * row['accuracy']:.1f} %, Fréchet "
+          f"distance {row['fd']:.2f}, on pixels {row['fd_pixels']:.3f}\n")
+
+
 # ---- the trigger
 
 def print_trigger(out, seeds):
@@ -168,6 +179,7 @@ def main():
         print_trigger(args.out, seeds)
     curves = train(methods)
     study.print_last(curves, SCORES)
+    print_real(data.open_data("clutter"))
     study.print_over_steps(curves, SHOWN, OVER_STEPS)
     study.print_steps_to_levels(curves, "accuracy", "accuracy", -1, MARKS)
     study.print_steps_to_levels(curves, "fd", "Fréchet distance", 1, MARKS)

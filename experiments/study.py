@@ -27,8 +27,9 @@ def arguments(description, out, groups, argv=None):
     parser.add_argument("--picture", type=Path, help="picture of the curves; if not given, "
                                                      "OUT/GROUP.png")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be 1 or more")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 or more")
     return args
 
 

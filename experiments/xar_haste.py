@@ -9,9 +9,9 @@ reads only the log of a run that is finished. Neither paper has this: see docs/d
 from experiments import study
 from experiments.clutter import SCORES as CLUTTER_SCORES
 
-STEPS = 1000
+STEPS = 500
 EVERY = 125                                                                 # steps between evaluations
-SHOWN = range(STEPS // 4, STEPS + 1, STEPS // 4)                            # of the table over steps
+SHOWN = range(EVERY, STEPS + 1, EVERY)                                      # of the table over steps
 MARKS = (STEPS // 2, STEPS)                                                 # where plain training sets the levels
 METHODS = {  # name in the tables: flags; the first one sets the levels
     "plain": ["--align", "none"],

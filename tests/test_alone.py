@@ -171,13 +171,13 @@ def fresh_copy(folder):
 
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-    """As they stand, but for fewer steps and samples."""
+    """As they stand, but for fewer steps, also of their teachers, and fewer samples."""
     fresh_copy(tmp_path)
     assert len(commands()) >= 8
     for command in commands():
         args = shlex.split(command)[1:]
         if args[0] in ("haste_train.py", "xar_train.py") and "--help" not in args:
-            args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4"]
+            args += [*shlex.split(SHORT), "--eval-samples", "20", "--eval-steps", "4", "--teacher-steps", "20"]
         if args[0] == "sample.py":
             args += ["--samples", "4", "--steps", "4"]
         done = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True)

@@ -62,7 +62,7 @@ def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
     assert found["step"] == [2] and found["fd"] == [3] and np.isnan(found["fid"]).all()
 
 
-@pytest.mark.parametrize("argv", [["--seeds", "0"], ["nothing"]])
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--jobs", "0"], ["nothing"]])
 def test_nonsense_is_refused(argv, capsys):
     with pytest.raises(SystemExit):
         study.arguments("", "out", ("a", "b"), argv)
