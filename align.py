@@ -24,6 +24,9 @@ def check(cfg):
     """Refuse impossible values of the flags of the alignment. Raises ValueError."""
     run.require(cfg, cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop",
                 "must be a number of steps, auto or never")
+    run.require(cfg, math.isfinite(cfg.stop_threshold), "stop_threshold", "must be a number")
+    if cfg.align == "repa":
+        run.refuse_changed(cfg, ("pairs",), "is for --align haste: leave it out")
     run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
                 "must be 1 or more")
 
@@ -50,9 +53,9 @@ def choose_layers(cfg, depth, deepest, teacher_depth=None, features_only=False):
         part = "model" if deepest == depth else "encoder"
         raise ValueError(f"--feature-depth {feature_depth} must lie in 1 ... {deepest}, the depth "
                          f"of the {part}")
-    if cfg.pairs:
+    if cfg.pairs is not None:
         found = re.findall(r"(\d+):(\d+)", cfg.pairs)
-        if ",".join(map(":".join, found)) != cfg.pairs:
+        if not found or ",".join(map(":".join, found)) != cfg.pairs:
             raise ValueError(f"--pairs {cfg.pairs} must look like 4:8,5:9 (student block:teacher "
                              f"block)")
         if not features_only:
@@ -106,8 +109,8 @@ def announce(cfg, teacher, tau, feature_depth, pairs, processes):
     processes.print(f"teacher {cfg.teacher}, {teacher.depth} blocks; {until}: features after "
                     f"{feature_depth} blocks, attention of blocks {shown}")
     if cfg.align == "haste" and not pairs:
-        processes.print("note: --entity scale aligns features only: attention needs tokens of the "
-                        "grid's own")
+        processes.print("note: with --entity scale only features are aligned: its coarse tokens "
+                        "have no counterpart in the teacher")
 
 
 def teacher_targets(teacher, pixels, pairs, autocast):

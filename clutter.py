@@ -1,9 +1,9 @@
 """Clutter: a handwritten digit somewhere on a canvas of 16 x 16 pixels, among fragments of others.
 
-The class of an image is the digit. It lies at any of 81 places, and below it lie three dimmed
-pieces of 4 x 4 pixels, cut out of other digits (after the cluttered MNIST of Mnih et al. 2014,
-arXiv 1406.6247). To draw such an image one has to know which strokes belong to the digit: on the
-bare digits pixels are nearly all there is to learn, here meaning counts.
+The class of an image is the digit. It lies at any of 81 places, and with it lie three dimmed pieces
+of 4 x 4 pixels, cut out of other digits; where they overlap, the brighter pixel stays (after the
+cluttered MNIST of Mnih et al. 2014, arXiv 1406.6247). To draw such an image one has to know which
+strokes belong to the digit: here meaning counts, and not only pixels.
 
 No pretrained network judges the samples: a small convolutional classifier is trained once, half a
 minute, and kept. It says which digit a sample shows, and gives features for a Frechet distance.
@@ -11,6 +11,7 @@ minute, and kept. It says which digit a sample shows, and gives features for a F
 Letters: b images, M digits, N images of a set, F features.
 """
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def paste(canvas, squares, corner):
 class Judge(nn.Module):
     """A small convolutional classifier: uint8 images [b,1,16,16] -> features [b,F], logits [b,10].
 
-    Over the training images, every feature has mean 0 and deviation 1.
+    Over the training images, every feature has about mean 0 and deviation 1.
     """
 
     def __init__(self, width=32, features=64, classes=10):
@@ -107,7 +108,10 @@ class Judge(nn.Module):
 
 
 def make_judge(train, cache, steps=1000, batch_size=64, lr=3e-3, seed=0):
-    """Train a Judge on a ClutterSet, in eval mode on the CPU, or find it in the folder `cache`."""
+    """Return a Judge of a ClutterSet, in eval mode on the CPU: trained, or found in `cache`.
+
+    Raises ValueError or OSError, one line, if the file there is damaged or cannot be written.
+    """
     g = run.seeded("cpu", seed)
     images, labels = train.read(torch.arange(len(train)))
     key = repr((steps, batch_size, lr, seed)).encode() + images.numpy().tobytes()
@@ -116,9 +120,14 @@ def make_judge(train, cache, steps=1000, batch_size=64, lr=3e-3, seed=0):
         torch.manual_seed(seed)
         judge = Judge()
     if path.exists():
-        judge.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            judge.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as e:
+            raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it, and the "
+                             f"classifier is trained again") from None
         return judge.eval().requires_grad_(False)
 
+    print(f"preparing the classifier of clutter (trained once, then kept in {cache})", flush=True)
     opt = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.05)
     for step in range(steps):
         for group in opt.param_groups:
@@ -129,6 +138,11 @@ def make_judge(train, cache, steps=1000, batch_size=64, lr=3e-3, seed=0):
         opt.step()
         opt.zero_grad()
     judge.eval().requires_grad_(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.save_checkpoint(path, judge.state_dict())
+    partial = path.with_suffix(f".{os.getpid()}.partial")                   # two runs may do this at once
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), partial)
+        partial.replace(path)                                               # whole or not at all
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"--cache {cache} cannot be written ({e}): choose another place") from None
     return judge

@@ -133,6 +133,9 @@ class Data:
         data requires of the model, under the names of the checkpoint's "arch". Raises ValueError.
         """
         packed = self.packed
+        if isinstance(self.train, clutter.ClutterSet) and cfg.eval_features != "pixels":
+            raise ValueError(f"--eval-features {cfg.eval_features} is for photographs: leave it "
+                             f"out, --data {cfg.data} has a classifier of its own")
         if cfg.latent_channels is not None and not packed:
             raise ValueError(f"--latent-channels {cfg.latent_channels} is for packed data, and "
                              f"--data {cfg.data} is not: run prepare.py on the photographs and "

@@ -14,7 +14,7 @@ Scenes have captions instead of classes, and these scores (scenes.py):
     place          share of the ink inside the named boxes; large digits do not count
     ..._unseen     the same for the pairs of digits that never occur in training
 Clutter has a small classifier of its own (clutter.py):
-    accuracy       share of samples that it takes for what they were made for
+    accuracy       share of samples that it takes for the digit they were made for
     fd, fd_pixels  Frechet distance to training images, on its features and on pixels
 
 Samples carry the labels 0, 1, 2, ... in turn, or captions of the set. Each one's noise depends on

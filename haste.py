@@ -38,7 +38,8 @@ import torch.nn.functional as F
 # The rows of S, Ti and xAR are ours, the others the papers'. With a teacher of 4 blocks, SiT-Ti's
 # pairs become (0, 2), (1, 2), (2, 3), MMDiT-Ti's (0, 2), (1, 3), xAR-Ti's (1, 2), (2, 3).
 # xAR-B, L, H have SiT-B's, L's, XL's blocks in proportion of depth, encoder and decoder together:
-# number i of SiT-B's 12, counted from 1, becomes round(i 16/12) of 16. Ti's encoder is too short.
+# number i of SiT-B's 12, counted from 1, becomes round(i 16/12) of 16. xAR-Ti's row is chosen by
+# hand, as its encoder has three blocks. Rows are for the size's own depth: --depth moves none.
 TABLE_DEPTH = 12
 _BASE = dict(feature_depth=5, feature_depth_repa=4, pairs=((2, 7), (3, 9), (4, 11)))
 _LARGE = dict(feature_depth=8, feature_depth_repa=8, pairs=((4, 8), (5, 9), (6, 10), (7, 11)))

@@ -43,6 +43,7 @@ import evaluate
 import haste
 import mmdit
 import models
+import packed as packed_folders
 import run
 import scenes
 import sit
@@ -85,7 +86,7 @@ class Config:
     teacher: str = "small"  # small (trained here, cached), dinov2_vitb14, or another name of teacher.py's TEACHERS
     teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
-    cache: str = "out/cache"  # where small teachers are kept
+    cache: str = "out/cache"  # where small teachers and clutter's classifier are kept
     feature_weight: float = 1.0  # weight of feature alignment; the papers' is 0.5
     attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
     feature_depth: Optional[int] = None  # blocks below the projector, if not the table's
@@ -300,7 +301,7 @@ def check(cfg, world):
         run.refuse_changed(cfg, ("mirror",), "would swap left and right, which captions name")
     else:
         run.refuse_changed(cfg, ("zero_init", "text"), "is for an MM-DiT: leave it out")
-    if cfg.data == "scenes":
+    if cfg.data in ("scenes", "clutter"):
         run.refuse_changed(cfg, ("eval_features",), "is for photographs: leave it out")
     if cfg.objective == "ddpm":
         run.refuse_changed(cfg, ("path", "time", "contrastive"),
@@ -401,8 +402,8 @@ def training_state(cfg, model, saved):
 # ---- the program
 
 # changes of their code are reported on resume
-MODULES = (haste, sit, dit, mmdit, text, models, teachers, align, data, scenes, clutter,
-           run, sys.modules[__name__])
+MODULES = (haste, sit, dit, mmdit, text, models, teachers, align, data, packed_folders, scenes,
+           clutter, run, sys.modules[__name__])
 
 
 def train(cfg, processes, stop):

@@ -16,7 +16,7 @@ import text
 import xar
 
 CONFIGS = {**sit.SIT_CONFIGS, **mmdit.MMDIT_CONFIGS}                        # what --model accepts
-PROJECTOR = "projector"                                                   # first letters of its parameters' names
+PROJECTOR = "projector"                                                     # first letters of its parameters' names
 
 
 class Condition:
@@ -103,6 +103,8 @@ def create(arch):
 
 def load_initial(model, initial, cfg):
     """Copy the weights of --init, its projector only if it has the same place and sizes.
+
+    An xAR's is never copied: its files keep it beside the model.
 
     Raises ValueError, one line, if they do not fit.
     """

@@ -252,7 +252,7 @@ class XAR(nn.Module):
     """Velocities of an image's entities, each given the earlier ones.
 
     `model(tokens, t, y)` -> v [B,L,C]: tokens [B,L,C] in entity order, t [B,M] in [0, 1], y [B]
-    class ids (num_classes, or None, is no label). The first entities may stand alone. `clean`
+    class ids (num_classes, or None, is no label). Later entities may be missing. `clean`
     [B,L,C] is the context of teacher forcing: entity n sees the clean ones before it, and itself.
     Parameter names and `quantize_t` are the official checkpoints'.
 
@@ -345,7 +345,7 @@ class XAR(nn.Module):
         g = max(g for g in self.levels if self._tokens_before(g) < N)
         begin = self._tokens_before(g)
         level = flat[:, :, begin:begin + g * g].view(B, C, g, g)
-        return F.interpolate(level, self.grid)  # each value repeated
+        return F.interpolate(level, self.grid)
 
     # -- network
 
@@ -412,8 +412,7 @@ class XAR(nn.Module):
 
         latent [B,C,h,w], y [B] or None (no label). t [B,M] and noise [B,L,C], in entity order, are
         drawn if not given. `context`: independent times, times sorted along the order, or clean
-        earlier entities (teacher forcing, ours). `net` is called in the model's place: DDP's
-        wrapper.
+        earlier entities (teacher forcing, ours). `net`: DDP's wrapper, to be called instead.
         """
         x_t, t, v, clean = self.noised(latent, t, noise, context)
         if label_drop > 0 and y is not None:
@@ -426,6 +425,7 @@ class XAR(nn.Module):
         """Return x_t [B,L,C], times t, velocity v, and the clean context or None."""
         if context not in CONTEXTS:
             raise ValueError(f"context {context} is none of {', '.join(CONTEXTS)}")
+        assert latent.shape[1] == self.channels, f"a latent has {self.channels} channels"
         x = self.to_tokens(latent)  # [B,L,C]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # never a bfloat16 target
         if t is None:
@@ -443,7 +443,6 @@ class XAR(nn.Module):
 
     # -- sampling
 
-    @torch.no_grad()
     def sample(self, y, num_steps=40, cfg_scale=1.0, randn=torch.randn_like):
         """Return latents [B,C,h,w] for class ids y [B], or for an int: that many without label."""
         return self.to_latent(self.sample_tokens(y, num_steps, cfg_scale, randn))
@@ -606,7 +605,7 @@ def _from_content(content, num_heads):
                 quantize_t=table is not None or bool(config.get("quantize_t")))
     try:
         model.load_state_dict(sd)
-    except RuntimeError as e:  # torch's list of names and shapes
+    except RuntimeError as e:
         raise ValueError(f"does not fit the model: {' '.join(str(e).split())[:300]}") from None
     model.packed_from = content.get("packed_from")
     return model

@@ -2,7 +2,7 @@
 
     python xar_train.py                                 next-cell on digits, two minutes on a CPU
     python xar_train.py --entity scale --out out/scale  coarse to fine
-    python xar_train.py --align haste --out out/guided  a teacher guides the first 500 steps
+    python xar_train.py --align haste --out out/guided  a teacher guides 500 steps
     torchrun --nproc_per_node=8 xar_train.py --preset imagenet256-b --data PACKED
 
 Papers: xAR (Ren et al. 2025, arXiv 2502.20388), HASTE (Wang et al. 2025, 2505.16792); aligning xAR
@@ -14,8 +14,8 @@ minimises, over all entities X with their noise,
 
 Attention is compared over the keys that the student may see: its own and earlier entities'.
 
-What is random in step n is drawn for the whole batch from (seed, n), and then sliced. So results do
-not depend on the number of processes, up to rounding, and a resumed run is the straight one.
+What is random in step n is drawn for the whole batch from (seed, n), then sliced. So results do not
+depend on the number of processes, up to rounding, and a resumed run is the straight one.
 Dropout is each process's own, seeded by (seed, n, rank).
 
 Read `losses`, then the loop in `train`; it is haste_train.py's. The alignment ends in its phase 1.
@@ -53,7 +53,7 @@ PROGRAM = "xar_train.py"
 @dataclass
 class Config:
     # what to train on
-    data: str = "digits"  # digits, cifar10, mnist, fashionmnist, a folder of class folders, or one of prepare.py's
+    data: str = "digits"  # digits, clutter, cifar10, mnist, fashionmnist, class folders, or one of prepare.py
     image_size: Optional[int] = None  # side to which a folder's images are cropped; photographs need it
     data_root: str = "out/data"  # where torchvision's sets are kept once downloaded
     mirror: bool = False  # mirror half of the images at random
@@ -79,7 +79,7 @@ class Config:
     teacher: str = "small"  # small (trained here, cached), dinov2_vitb14, or another name of teacher.py's TEACHERS
     teacher_weights: Optional[str] = None  # file with the teacher's weights; if not given, they are fetched
     teacher_steps: int = 300  # training steps of the small teacher
-    cache: str = "out/cache"  # where small teachers are kept
+    cache: str = "out/cache"  # where small teachers and clutter's classifier are kept
     feature_weight: float = 1.0  # weight of feature alignment; the papers' is 0.5
     attention_weight: float = 1.0  # weight of attention alignment; the papers' is 0.5
     feature_depth: Optional[int] = None  # encoder blocks below the projector, if not the table's
@@ -133,7 +133,7 @@ PRESETS = {
                     accumulate=8, lr=4e-4, lr_end=1e-5, ema=0.9995, compile=None, log_every=100,
                     save_every=5000, eval_every=5000, eval_samples=2000, eval_steps=40),
     "imagenet256-b": dict(IMAGENET, model="xAR-B"),  # FID 1.72 with 40 steps, guidance 2.7
-    # ours: aligned for a quarter of the run, as SiT-B
+    # ours: a quarter is aligned, as SiT-B
     "imagenet256-b-haste": dict(IMAGENET, model="xAR-B", align="haste", teacher="dinov2_vitb14",
                                 feature_weight=0.5, attention_weight=0.5, projector_dim=2048,
                                 stop="125114"),
@@ -209,7 +209,7 @@ def drop_projector(model, opt):
     The optimizer state of all other parameters stays as it is, bit for bit.
     """
     opt.zero_grad()
-    for group in opt.param_groups[2:]:  # the projector's: matrices, vectors
+    for group in opt.param_groups[2:]:  # the projector's
         for p in group["params"]:
             opt.state.pop(p, None)
     del opt.param_groups[2:]
@@ -226,7 +226,7 @@ def weights_of(model, kept=None):
 
 
 def held_cosine(model, teacher, images, pairs, cfg, processes, autocast):
-    """Return haste.gradient_cosine on the held batch, all entities at the same time."""
+    """Return haste.gradient_cosine on the held batch, with one t for all entities."""
     shape = (sum(model.sizes), model.channels)
     pixels, x, y, eps = align.held_batch(cfg, images, shape, processes.device)
 
@@ -289,6 +289,10 @@ def build(cfg, sizes, saved, aligned, processes):
     run.require(cfg, images.text is None, "data",
                 "has captions, and xAR takes class labels: choose another")
     images.check(cfg, saved, grid=side, channels=channels)
+    try:
+        xar.entities(cfg.entity, side)
+    except ValueError as e:  # "entity cell:3 does not divide ..."
+        raise ValueError(f"--{e}") from None
     initial = None
     arch = dict(sizes, grid=side, channels=channels, entity=cfg.entity,
                 num_classes=len(images.classes), dropout=cfg.dropout, attn_dropout=cfg.attn_dropout)
@@ -297,6 +301,8 @@ def build(cfg, sizes, saved, aligned, processes):
     elif cfg.init:
         initial = processes.main_first(lambda: xar.load_xar(run.checkpoint_file(cfg.init, "init"),
                                                             cfg.num_heads))
+        run.require(cfg, initial.entity == cfg.entity, "init",
+                    f"was trained with --entity {initial.entity}: give the same")
         arch.update(quantize_t=initial.time_embed.quantize)
     teacher = None
     pairs = []
@@ -307,13 +313,8 @@ def build(cfg, sizes, saved, aligned, processes):
                     feature_depth=feature_depth)
 
     torch.manual_seed(cfg.seed)
-    try:
-        model = xar.XAR(**arch)
-    except ValueError as e:  # "entity cell:3 does not divide ..."
-        raise ValueError(f"--{e}") from None
+    model = xar.XAR(**arch)
     if initial is not None:
-        run.require(cfg, initial.entity == cfg.entity, "init",
-                    f"was trained with --entity {initial.entity}: give the same")
         models.load_initial(model, initial, cfg)
     return images, teacher, pairs, model.to(processes.device), arch
 
@@ -349,7 +350,7 @@ def training_state(cfg, model, saved):
 # ---- the program
 
 # changes of their code are reported on resume
-MODULES = (sys.modules[__name__], xar, haste, teachers, align, data, run)
+MODULES = (sys.modules[__name__], xar, haste, teachers, align, data, data.clutter, run)
 
 
 def train(cfg, processes, stop):

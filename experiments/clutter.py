@@ -70,8 +70,8 @@ def print_real(images):
     of_class = [(held.labels == c).nonzero()[:count // 10, 0] for c in range(10)]
     pixels, _ = held.read(torch.stack(of_class, dim=1).flatten())           # classes in turn, as samples
     row = evaluate.scores(pixels, evaluate.reference(images))
-    print(f"{count} real images of held-out digits: accuracy {100 * row['accuracy']:.1f} %, Fréchet "
-          f"distance {row['fd']:.2f}, on pixels {row['fd_pixels']:.3f}\n")
+    print(f"{count} real images of held-out digits: accuracy {100 * row['accuracy']:.1f} %, "
+          f"Fréchet distance {row['fd']:.2f}, on pixels {row['fd_pixels']:.3f}\n")
 
 
 # ---- the trigger
@@ -85,9 +85,15 @@ def print_trigger(out, seeds):
         automatic = study.folder_of("HASTE, automatic", seed, out)
         never = study.folder_of("HASTE, never stopped", seed, out)
         tau = torch.load(automatic / "ckpt.pt", weights_only=True)["tau"]
-        print(f"seed {seed}: the trigger ended the alignment at step {tau}")
-        if tau == math.inf and not never.exists():
-            shutil.copytree(automatic, never)
+        if tau < math.inf:
+            print(f"seed {seed}: the trigger has ended the alignment at step {tau}")
+            continue
+        print(f"seed {seed}: the trigger has not fired")
+        if not never.exists():
+            partial = never.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(automatic, partial)
+            partial.rename(never)                                           # whole or not at all
     print()
 
 
@@ -152,11 +158,11 @@ def print_costs(repeats=20):
 def draw_samples(out, path):
     """Draw samples of three methods' first seeds: same noise, same labels, same steps."""
     y = torch.arange(10).repeat_interleave(EACH)
-    randn = run.indexed_randn(0, range(len(y)))
     images = []
     captions = []
     for method in PICTURED:
         ema = models.load(study.folder_of(method, 0, out) / "ckpt.pt")
+        randn = run.indexed_randn(0, range(len(y)))                         # anew: the same for each
         noise = randn(torch.empty(len(y), ema.in_channels, ema.input_size, ema.input_size))
         images.append(data.to_uint8(sit.sample_ode(ema, noise, y, num_steps=50)))
         captions += [f"{method}, {STEPS} steps: 0 0 1 1 2 2 ... 9 9", *[""] * (len(y) - 1)]

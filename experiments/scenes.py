@@ -69,7 +69,7 @@ def print_steps_to_plain(curves):
     base = next(iter(curves.values()))
     levels = (("text_accuracy", -1), ("text_accuracy_unseen", -1), ("fd", 1))
     heads = [SCORES[key][0].removesuffix(" %") for key, _ in levels]
-    print(f"| steps to plain's last | {' | '.join(heads)} |\n|---|---|---|---|")
+    study.print_head("steps to plain's last", *heads)
     for method, runs in curves.items():
         cells = []
         for key, sign in levels:                                            # sign 1: smaller is better
@@ -79,7 +79,7 @@ def print_steps_to_plain(curves):
             cells.append(f"{len(there)} of {len(runs)} seeds")
             if len(there) == len(runs):
                 cells[-1] = study.plus_minus(reached, 0)
-        print(f"| {method} | {' | '.join(cells)} |")
+        study.print_row(method, *cells)
     print()
 
 
@@ -116,8 +116,7 @@ def score(folder, seed, guidance, shuffled=False):
 def print_guidance(methods, out, seeds):
     """Print what the last weights do at each scale of guidance, and with shuffled captions."""
     heads = [title for title, _, _ in SCORES.values()]
-    print(f"| method | guidance | {' | '.join(heads)} |")
-    print("|---" * (2 + len(heads)) + "|")
+    study.print_head("method", "guidance", *heads)
     for method in methods:
         runs = [(study.folder_of(method, seed, out), seed) for seed in range(seeds)]
         rows = {str(w): [score(*found, w) for found in runs] for w in GUIDANCE}
@@ -125,7 +124,7 @@ def print_guidance(methods, out, seeds):
         for name, found in rows.items():
             cells = [study.plus_minus([row[key] for row in found], digits, unit)
                      for key, (_, digits, unit) in SCORES.items()]
-            print(f"| {method} | {name} | {' | '.join(cells)} |", flush=True)
+            study.print_row(method, name, *cells)
     print()
 
 

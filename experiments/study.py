@@ -49,6 +49,9 @@ def train(method, flags, every, seed, out, steps, columns, program="haste_train.
     flags = [*flags, "--seed", str(seed), "--steps", str(steps), "--eval-every",
              str(every), "--save-every", str(every), "--out", str(folder)]
     rows = run.read_log(folder / "log.jsonl")
+    if rows and rows[-1]["step"] > steps:
+        raise SystemExit(f"{folder} holds a run of {rows[-1]['step']} steps, not {steps}: give "
+                         f"another --out")
     if not rows or rows[-1]["step"] < steps:
         print(f"python {program} {' '.join(flags)}", flush=True)
         # one thread a run: two runs side by side are faster than one after the other on two threads
@@ -65,10 +68,9 @@ def train_all(methods, every, out, seeds, jobs, steps, columns, program="haste_t
     def one(method, seed):
         return train(method, methods[method], every, seed, out, steps, columns, program)
 
-    # one run alone trains the teacher, which all others find in the cache
+    # one run alone trains what all others find in the cache: a teacher, clutter's classifier
     guided = [name for name, flags in methods.items() if "none" not in flags]
-    for name in guided[:1]:
-        one(name, 0)
+    one((guided or list(methods))[0], 0)
     waiting = {method: [] for method in methods}
     with ThreadPoolExecutor(jobs) as pool:
         for seed in range(seeds):                                           # all methods, then the next seed
@@ -140,8 +142,8 @@ def print_steps_to_levels(curves, key, title, sign, marks):
     """Print how many steps each method needs to get where the first one is at the marks.
 
     `sign` is 1 if smaller values of the column `key` are better, else -1. Levels are those of the
-    same seed: the same order, the same noise of the evaluation. In brackets: the ratio to the steps
-    of the first method, which may have been there before, too.
+    same seed: the same order, the same noise of the evaluation. In brackets: these steps as a share
+    of the first method's own, which may be fewer than the mark.
     """
     base_runs = next(iter(curves.values()))
     steps = base_runs[0]["step"]

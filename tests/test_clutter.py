@@ -26,7 +26,8 @@ def judge_cache(tmp_path_factory):
 def quick_judge(monkeypatch, judge_cache):
     """A judge of 60 steps, which is right about as often as not: enough to see that it is asked."""
     make = clutter.make_judge
-    monkeypatch.setattr(clutter, "make_judge", lambda train, cache: make(train, judge_cache, steps=60))
+    monkeypatch.setattr(clutter, "make_judge", lambda train, cache: make(train, cache, steps=60))
+    return judge_cache
 
 
 def composed(digits, labels, u):
@@ -86,6 +87,19 @@ def test_judge_is_trained_once_and_leaves_random_numbers_alone(images, tmp_path)
     assert len(list(tmp_path.glob("*.pt"))) == 2
 
 
+def test_a_damaged_judge_ends_with_one_line(images, tmp_path):
+    for cut in (0, 100, 5_000):
+        clutter.make_judge(images.train, tmp_path, steps=1)
+        file = next(tmp_path.glob("judge-*.pt"))
+        file.write_bytes(file.read_bytes()[:cut])
+        with pytest.raises(ValueError, match="is damaged.*: delete it, and the classifier is trained again"):
+            clutter.make_judge(images.train, tmp_path, steps=1)
+        file.unlink()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="--cache .*file cannot be written .*: choose another place"):
+        clutter.make_judge(images.train, tmp_path / "file", steps=1)
+
+
 @pytest.mark.slow
 def test_judge_is_right_about_digits_it_has_never_seen(images, tmp_path):
     judge = clutter.make_judge(images.train, tmp_path)
@@ -98,7 +112,7 @@ def test_judge_is_right_about_digits_it_has_never_seen(images, tmp_path):
 
 def test_scores(images, quick_judge):
     """Real images in the order of their classes are right as often as the judge is; others by chance."""
-    sets = evaluate.reference(images)
+    sets = evaluate.reference(images, cache=quick_judge)
     order = torch.stack([(images.train.labels == c).nonzero()[:40, 0] for c in range(10)], dim=1).flatten()
     pixels, labels = images.train.read(order)
     row = evaluate.scores(pixels, sets, 10)
@@ -117,8 +131,9 @@ def test_scores(images, quick_judge):
 
 @pytest.mark.parametrize("program, flags", [(haste_train, TINY), (xar_train, TINY_XAR)], ids=["haste", "xar"])
 def test_both_programs_train_on_it(program, flags, quick_judge, tmp_path, capsys):
-    program.main([*flags, "--data", "clutter", "--out", str(tmp_path / "run"),
-                  *(["--model", "SiT-Ti/4", "--cache", str(tmp_path)] if program is haste_train else [])])
+    model = ["--model", "SiT-Ti/4", "--align", "none"] if program is haste_train else []
+    program.main([*flags, *model, "--data", "clutter", "--cache", str(quick_judge), "--out", str(tmp_path / "run")])
+    assert len(list(quick_judge.glob("judge-*.pt"))) == 1
     scored = [row for row in rows_of(tmp_path / "run") if "fd" in row]
     assert [row["step"] for row in scored] == [2, 4]
     assert all(row.keys() >= {"fd", "fd_pixels", "accuracy"} and "nearest" not in row for row in scored)
@@ -129,6 +144,7 @@ def test_both_programs_train_on_it(program, flags, quick_judge, tmp_path, capsys
     (["--model", "MMDiT-Ti/4"], "--data clutter has class labels, which --model MMDiT-Ti/4 does not take"),
     (["--image-size", "32"], "--image-size 32 does not fit --data clutter"),
     (["--latent-channels", "4"], "--latent-channels 4 is for packed data"),
+    (["--eval-features", "inception"], "--eval-features inception is for photographs: leave it out"),
 ])
 def test_refused(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message) as e:
