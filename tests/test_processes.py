@@ -67,7 +67,8 @@ def assert_same_run(a, b):
     assert rows_of(a) == rows_of(b)
 
 
-@pytest.mark.parametrize("flags", [["--mirror"], ["--data", "scenes", "--model", "MMDiT-Ti/4"]], ids=["digits", "scenes"])
+@pytest.mark.parametrize("flags", [["--mirror"], ["--data", "scenes", "--model", "MMDiT-Ti/4"],
+                                   ["--data", "clutter", "--model", "SiT-Ti/4"]], ids=["digits", "scenes", "clutter"])
 def test_two_processes_are_one(tmp_path, small_teacher, flags):
     """One process, two, and two with accumulation: the same curves, across the end of guidance."""
     # a larger learning rate amplifies rounding
