@@ -19,6 +19,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import PercentFormatter
 
 import data
 import evaluate
@@ -40,6 +41,7 @@ SHARES = (0.1, 0.3, 1)                          # of a student's steps, after wh
 COLUMNS = ("step", "fd", "accuracy")            # of the students' logs
 ORDERS = ("patch", "cell:4", "subsample:2", "scale", "image")
 CONTEXTS = ("random", "clean")
+GUIDANCE = 2.5                                  # of the digits that grow
 NOISE = 0.3                                     # time of the images that the students look at
 PROBED = 2                                      # block below the projector, whose tokens are drawn; 0-based
 PAIR = (2, 3)                                   # student's and teacher's block, whose attention is drawn
@@ -207,8 +209,8 @@ def draw_way(tour):
         states.append((t.item(), x, x - t * v))             # x_t - t v is x, if v = eps - x
         return v
 
-    noise = normal(1, 1, 8, 8, seed=1)
-    end = sit.sample_ode(velocity, noise, torch.tensor([3]), num_steps=20)
+    noise = normal(1, 1, 8, 8, seed=3)
+    end = sit.sample_ode(velocity, noise, torch.tensor([6]), num_steps=20)
     states.append((0, end, end))
     shown = (0, 2, 4, 6, 8, 11, 14, 17, 20)
     fig, axes = plt.subplots(2, len(shown), figsize=(WIDTH, 2.4))
@@ -252,8 +254,8 @@ def draw_teacher(tour):
     by_tokens, tokens_agree = neighbours(tour, train_tokens.mean(1), tokens.mean(1))
     by_pixels, pixels_agree = neighbours(tour, train_pixels, pixels)
     bottom.suptitle(f"Nearest training digits by the teacher's mean token (of 100, "
-                    f"{tokens_agree.double().mean():.0%} share the label), and by pixels "
-                    f"({pixels_agree.double().mean():.0%})", fontsize=10)
+                    f"{100 * tokens_agree.double().mean():.0f} % share the label), and by pixels "
+                    f"({100 * pixels_agree.double().mean():.0f} %)", fontsize=10)
     hardest = pixels_agree[:, :5].sum(1).argsort(stable=True)[:3]           # for pixels
     axes = bottom.subplots(3, 13, width_ratios=[1, 0.4, *[1] * 5, 0.4, *[1] * 5])
     for ax in axes[:, [1, 7]].flat:
@@ -323,10 +325,11 @@ def draw_students(tour):
             show(ax, mosaic(colours.view(6, 4, 4, 3)), f"{name}, step {step}")
             share = explained(train_tokens, tokens, train_target, target)
             _, agree = neighbours(tour, train_tokens.mean(1), tokens.mean(1), 1)
-            ax.set_xlabel(f"teacher {share:.0%}\nlabel {agree.double().mean():.0%}")
+            ax.set_xlabel(f"teacher: {100 * share:.0f} %\n"
+                          f"label: {100 * agree.double().mean():.0f} %")
     show(axes[0, 5], mosaic(wanted.view(6, 4, 4, 3)), "teacher")
     _, agree = neighbours(tour, train_target.mean(1), target.mean(1), 1)
-    axes[0, 5].set_xlabel(f"label {agree.double().mean():.0%}")
+    axes[0, 5].set_xlabel(f"label: {100 * agree.double().mean():.0f} %")
     axes[1, 5].axis("off")
     return fig
 
@@ -349,6 +352,7 @@ def draw_attention(tour):
     for ax, row in zip(axes[:, 0], rows):
         show(ax, data.to_pixels(held.images[row, 0]))
     axes[0, 0].set_title("digit")
+    axes[-1, 0].set_xlabel("cross-entropy:")
     for column, (name, (q, k)) in zip(axes[:, 1:].T, maps.items()):
         attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)                # [B,N,N]
         for ax, row in zip(column, rows):
@@ -394,38 +398,51 @@ def draw_quality(tour):
             ax.plot([row["step"] for row in rows], [row[key] for row in rows], marker=".",
                     linestyle=style, color=colour, label=name)
     axes[0].set(title="Fréchet distance on pixels (lower is better)", yscale="log")
+    ticks = (0.2, 0.5, 1, 2)
+    axes[0].set_yticks(ticks, ticks)
+    axes[0].minorticks_off()
     axes[1].set(title="samples that look like their class")
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     for ax in axes:
         ax.axvline(tour.steps // 2, color="tab:red", linestyle=":")
-        ax.set(xlabel="step")
-    axes[1].text(tour.steps // 2, axes[1].get_ylim()[0], " tau: HASTE's teacher leaves",
-                 color="tab:red", va="bottom")
-    axes[0].legend()
+        ax.set(xlabel="step", xlim=(0, tour.steps))
+    axes[0].text(0.48, 0.05, "tau: HASTE's\nteacher leaves", color="tab:red", ha="right",
+                 transform=axes[0].transAxes)
+    axes[1].legend(loc="lower right")
     return fig
 
 
 # ---- 8
 
+def draw_turns(ax, model):
+    """Draw which entity each pixel belongs to: the first ones dark, the last ones light."""
+    if len(model.levels) > 1:                   # a pixel belongs to an entity of every level
+        ax.text(0.5, 0.5, "\n".join(f"{g} x {g}" for g in model.levels), ha="center", va="center",
+                transform=ax.transAxes)
+        return
+    turn = torch.arange(len(model.sizes))[model.entity_of].float()          # [L], in entity order
+    turns = model.to_latent(turn[None, :, None])[0, 0]
+    show(ax, turns, cmap="viridis", vmin=0, vmax=max(1, len(model.sizes) - 1))
+
+
 def draw_orders(tour):
-    """A digit that grows entity by entity, in each of xAR's orders."""
+    """Digits that grow entity by entity, in each of xAR's orders; short rows have several digits."""
     most = 8
-    fig, axes = plt.subplots(len(ORDERS), 1 + most, figsize=(WIDTH, 5.4))
+    labels = torch.tensor([3, 0, 2, 4, 5, 6, 7, 9])
+    fig, axes = plt.subplots(len(ORDERS), 1 + most, figsize=(WIDTH, 5.2))
     for ax in axes.flat:
-        ax.axis("off")
+        show(ax, np.zeros((8, 8)), alpha=0)
     for line, order in zip(axes, ORDERS):
         model = xar.load_xar(tour.out / f"{order.replace(':', '')}_random_{SEED}" / "ckpt.pt")
         torch.manual_seed(SEED)
-        tokens = model.sample_tokens(torch.tensor([3]), num_steps=20, cfg_scale=2.5)
-        frames = evaluate.growth(model, tokens, most)[0, :, 0]              # [frames,8,8]
-        turn = torch.arange(len(model.sizes))[model.entity_of].float()      # [L], of each token
-        order_map = model.to_latent(turn[None, :, None])[0, 0]
-        line[0].axis("on")
-        show(line[0], order_map, cmap="viridis", vmin=0, vmax=max(1, len(model.sizes) - 1))
-        line[0].set_ylabel(f"{order}\n{len(model.sizes)} entities")
-        for ax, image in zip(line[1:], frames):
-            ax.axis("on")
+        digits_a_row = most // min(most, len(model.sizes))
+        tokens = model.sample_tokens(labels[:digits_a_row], num_steps=20, cfg_scale=GUIDANCE)
+        frames = evaluate.growth(model, tokens, most)                       # [digits,frames,1,8,8]
+        line[0].set_ylabel(order)
+        draw_turns(line[0], model)
+        for ax, image in zip(line[1:], frames.flatten(0, 2)):
             show(ax, image)
-    axes[0, 0].set_title("turn of\neach pixel")
+    axes[0, 0].set_title("first: dark,\nlast: light")
     return fig
 
 
