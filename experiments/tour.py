@@ -35,13 +35,12 @@ from experiments import digits, fid_bias, xar_digits
 from tools import look
 
 STEPS = 1000                                    # of each SiT
-XAR_STEPS = 300
+XAR_STEPS = 400                                 # of each xAR
 SEED = 0
 SHARES = (0.1, 0.3, 1)                          # of a student's steps, after which its weights are kept
 COLUMNS = ("step", "fd", "accuracy")            # of the students' logs
 ORDERS = ("patch", "cell:4", "subsample:2", "scale", "image")
-CONTEXTS = ("random", "clean")
-GUIDANCE = 2.5                                  # of the digits that grow
+GUIDANCE = 3.0                                  # of the digits that grow
 NOISE = 0.3                                     # time of the images that the students look at
 PROBED = 2                                      # block below the projector, whose tokens are drawn; 0-based
 PAIR = (2, 3)                                   # student's and teacher's block, whose attention is drawn
@@ -57,7 +56,8 @@ class Tour(NamedTuple):
     """What the pictures are made of."""
     images: data.Data
     teacher: teacher.ViT
-    out: Path                                   # folder of the runs
+    sit: Path                                   # folder of the students' runs
+    xar: Path                                   # folder of the xARs' runs
     steps: int                                  # of each student
 
 
@@ -65,40 +65,43 @@ class Tour(NamedTuple):
 
 def students(out, steps):
     """Return {name: flags of haste_train.py}; the longest run comes first."""
+    # half the usual width, so that all takes minutes
     usual = ["--hidden-size", "64", "--eval-samples", "300", "--cache", str(out / "cache")]
     interval = str(max(1, steps // 20))
     # no cosine is below -2: the angle of the gradients is logged all through, and never acts
     watched = ["--stop", "auto", "--stop-threshold", "-2", "--stop-warmup", interval,
                "--stop-interval", interval]
-    return {"HASTE": ["--stop", str(steps // 2), *usual],
-            "plain": ["--align", "none", *usual],
-            "HASTE, never stopped": [*watched, *usual]}
+    return {"HASTE, never stopped": [*watched, *usual],
+            "HASTE": ["--stop", str(steps // 2), *usual],
+            "plain": ["--align", "none", *usual]}
 
 
-def train_student(name, flags, steps, out):
+def train_student(name, flags, steps, folder):
     """Train a student in stages, and keep the weights of each: step1.pt, step2.pt, step3.pt."""
+    every = max(1, steps // 10)
     for stage, share in enumerate(SHARES, 1):
-        folder = digits.folder_of(name, SEED, out)
-        kept = folder / f"step{stage}.pt"
+        kept = digits.folder_of(name, SEED, folder) / f"step{stage}.pt"
         if not kept.exists():
             # with a larger --steps the same command resumes, bit for bit
-            every = max(1, steps // 10)
-            digits.train(name, flags, every, SEED, out, round(share * steps), COLUMNS)
-            shutil.copy(folder / "ckpt.pt", kept)
+            digits.train(name, flags, every, SEED, folder, round(share * steps), COLUMNS)
+            shutil.copy(kept.with_name("ckpt.pt"), kept)
 
 
 def train_all(out, steps, xar_steps, jobs):
-    """Train the teacher, then all students and xARs, `jobs` at a time."""
-    net = look.load_teacher(argparse.Namespace(teacher="small", teacher_weights=None,
-                                               cache=out / "cache"))
+    """Train the teacher, then all students and xARs, `jobs` at a time; return a Tour."""
+    words = {"teacher": "small", "teacher_weights": None, "cache": out / "cache"}
+    net = look.load_teacher(argparse.Namespace(**words))
+    sits = out / f"sit_{steps}"
+    xars = out / f"xar_{xar_steps}"
+    tour = Tour(data.open_data("digits"), net, sits, xars, steps)
+    kinds = [(order, "random") for order in ORDERS] + [(xar_digits.CONTEXT_ENTITY, "clean")]
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(train_student, name, flags, steps, out)
+        waiting = [pool.submit(train_student, name, flags, steps, sits)
                    for name, flags in students(out, steps).items()]
-        kinds = [(order, "random") for order in ORDERS] + [(xar_digits.CONTEXT_ENTITY, "clean")]
-        waiting += [pool.submit(xar_digits.train, *kind, SEED, xar_steps, out) for kind in kinds]
+        waiting += [pool.submit(xar_digits.train, *kind, SEED, xar_steps, xars) for kind in kinds]
         for job in waiting:
             job.result()
-    return net
+    return tour
 
 
 # ---- what several pictures need
@@ -136,9 +139,15 @@ def mosaic(tiles):
     return sheet
 
 
+def load_xar(tour, entity, context):
+    """Return an xAR with its averaged weights."""
+    name = f"{entity.replace(':', '')}_{context}_{SEED}"                    # as xar_digits.train
+    return xar.load_xar(tour.xar / name / "ckpt.pt")
+
+
 def load_student(tour, name, stage):
     """Return a student's averaged weights after a stage; stage 0 is the network before training."""
-    folder = digits.folder_of(name, SEED, tour.out)
+    folder = digits.folder_of(name, SEED, tour.sit)
     if stage > 0:
         return sit.load_sit(folder / f"step{stage}.pt")
     torch.manual_seed(SEED)                     # as haste_train.build
@@ -313,8 +322,9 @@ def draw_students(tour):
     noisy, _ = sit.interpolant(data.to_pixels(held.images), normal(len(held), 1, 8, 8),
                                torch.full((len(held),), NOISE))
     for ax, images, title in ((axes[0, 0], clean, "digits"),
-                              (axes[1, 0], noisy[rows], "what a student\ngets: t = 0.3")):
-        show(ax, mosaic((images[:, 0, :, :, None].expand(-1, -1, -1, 3) + 1).clamp(0, 2) / 2), title)
+                              (axes[1, 0], noisy[rows], f"what a student\ngets: t = {NOISE}")):
+        grey = ((images + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)                       # [6,8,8,1]
+        show(ax, mosaic(grey.expand(-1, -1, -1, 3)), title)
     for line, name in zip(axes, ("plain", "HASTE")):
         for stage, ax in enumerate(line[1:5]):
             model = load_student(tour, name, stage)
@@ -369,7 +379,7 @@ def draw_attention(tour):
 
 def draw_angle(tour):
     """The cosine of the gradients of flow and alignment over a run, and the paper's threshold."""
-    rows = run.read_log(digits.folder_of("HASTE, never stopped", SEED, tour.out) / "log.jsonl")
+    rows = run.read_log(digits.folder_of("HASTE, never stopped", SEED, tour.sit) / "log.jsonl")
     steps = [row["step"] for row in rows if "grad_cosine" in row]
     cosines = [row["grad_cosine"] for row in rows if "grad_cosine" in row]
     threshold = haste_train.Config.stop_threshold
@@ -391,7 +401,7 @@ def draw_quality(tour):
     """Frechet distance and accuracy over the steps, from the students' logs."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
     for name, colour in COLOURS.items():
-        rows = run.read_log(digits.folder_of(name, SEED, tour.out) / "log.jsonl")
+        rows = run.read_log(digits.folder_of(name, SEED, tour.sit) / "log.jsonl")
         rows = [row for row in rows if "fd" in row]
         style = "--" if "never" in name else "-"
         for ax, key in zip(axes, ("fd", "accuracy")):
@@ -426,14 +436,14 @@ def draw_turns(ax, model):
 
 
 def draw_orders(tour):
-    """Digits that grow entity by entity, in each of xAR's orders; short rows have several digits."""
+    """Digits that grow entity by entity in each of xAR's orders; short rows have several."""
     most = 8
-    labels = torch.tensor([3, 0, 2, 4, 5, 6, 7, 9])
+    labels = torch.tensor([0, 6, 3, 2, 4, 5, 7, 9])
     fig, axes = plt.subplots(len(ORDERS), 1 + most, figsize=(WIDTH, 5.2))
     for ax in axes.flat:
         show(ax, np.zeros((8, 8)), alpha=0)
     for line, order in zip(axes, ORDERS):
-        model = xar.load_xar(tour.out / f"{order.replace(':', '')}_random_{SEED}" / "ckpt.pt")
+        model = load_xar(tour, order, "random")
         torch.manual_seed(SEED)
         digits_a_row = most // min(most, len(model.sizes))
         tokens = model.sample_tokens(labels[:digits_a_row], num_steps=20, cfg_scale=GUIDANCE)
@@ -453,9 +463,8 @@ def draw_exposure(tour):
     held = tour.images.held
     latent = data.to_pixels(held.images)[:xar_digits.HELD]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
-    for context in CONTEXTS:
-        name = f"{xar_digits.CONTEXT_ENTITY.replace(':', '')}_{context}_{SEED}"
-        model = xar.load_xar(tour.out / name / "ckpt.pt")
+    for context in ("random", "clean"):
+        model = load_xar(tour, xar_digits.CONTEXT_ENTITY, context)
         errors = np.array(xar_digits.exposure(model, latent, held.labels[:len(latent)]))
         for ax, values in zip(axes, (errors, errors / errors[0])):
             ax.plot(xar_digits.LEVELS, values, ".-", label=f"trained on {context} context")
@@ -510,8 +519,7 @@ def main(argv=None):
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
 
-    net = train_all(args.out, args.steps, args.xar_steps, args.jobs)
-    tour = Tour(data.open_data("digits"), net, args.out, args.steps)
+    tour = train_all(args.out, args.steps, args.xar_steps, args.jobs)
     pictures = args.pictures or args.out
     pictures.mkdir(parents=True, exist_ok=True)
     for number, draw in enumerate(PICTURES, 1):
