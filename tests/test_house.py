@@ -125,7 +125,7 @@ def all_code():
 
 def defined_at(file, line):
     """Return the line of a file where something is defined, or a field of a dict or dataclass stands."""
-    return (ROOT / file).read_text().splitlines()[int(line) - 1]
+    return file.read_text().splitlines()[int(line) - 1]
 
 
 def test_readme_is_short():
@@ -142,7 +142,7 @@ def test_links_lead_somewhere(page):
         assert (page.parent / file).exists() if file else True, target
         if re.fullmatch(r"L\d+", anchor):                                   # a line: the label names what stands there
             names = re.findall(r"\w+", label.strip("`"))
-            assert re.search(rf"\b(def|class) {names[-1]}\b|^{names[-1]} = ", defined_at(file, anchor[1:])), target
+            assert re.search(rf"\b(def|class) {names[-1]}\b|^{names[-1]} = ", defined_at(page.parent / file, anchor[1:])), target
         elif anchor:
             headings = re.findall(r"^#+ (.*)$", (page.parent / file if file else page).read_text(), re.M)
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
