@@ -31,7 +31,7 @@ import run
 import sit
 import teacher
 import xar
-from experiments import digits, fid_bias, xar_digits
+from experiments import fid_bias, study, xar_digits
 from tools import look
 
 STEPS = 1000                                    # of each SiT
@@ -80,10 +80,10 @@ def train_student(name, flags, steps, folder):
     """Train a student in stages, and keep the weights of each: step1.pt, step2.pt, step3.pt."""
     every = max(1, steps // 10)
     for stage, share in enumerate(SHARES, 1):
-        kept = digits.folder_of(name, SEED, folder) / f"step{stage}.pt"
+        kept = study.folder_of(name, SEED, folder) / f"step{stage}.pt"
         if not kept.exists():
             # with a larger --steps the same command resumes, bit for bit
-            digits.train(name, flags, every, SEED, folder, round(share * steps), COLUMNS)
+            study.train(name, flags, every, SEED, folder, round(share * steps), COLUMNS)
             shutil.copy(kept.with_name("ckpt.pt"), kept)
 
 
@@ -147,7 +147,7 @@ def load_xar(tour, entity, context):
 
 def load_student(tour, name, stage):
     """Return a student's averaged weights after a stage; stage 0 is the network before training."""
-    folder = digits.folder_of(name, SEED, tour.sit)
+    folder = study.folder_of(name, SEED, tour.sit)
     if stage > 0:
         return sit.load_sit(folder / f"step{stage}.pt")
     torch.manual_seed(SEED)                     # as haste_train.build
@@ -379,7 +379,7 @@ def draw_attention(tour):
 
 def draw_angle(tour):
     """The cosine of the gradients of flow and alignment over a run, and the paper's threshold."""
-    rows = run.read_log(digits.folder_of("HASTE, never stopped", SEED, tour.sit) / "log.jsonl")
+    rows = run.read_log(study.folder_of("HASTE, never stopped", SEED, tour.sit) / "log.jsonl")
     steps = [row["step"] for row in rows if "grad_cosine" in row]
     cosines = [row["grad_cosine"] for row in rows if "grad_cosine" in row]
     threshold = haste_train.Config.stop_threshold
@@ -401,7 +401,7 @@ def draw_quality(tour):
     """Frechet distance and accuracy over the steps, from the students' logs."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
     for name, colour in COLOURS.items():
-        rows = run.read_log(digits.folder_of(name, SEED, tour.sit) / "log.jsonl")
+        rows = run.read_log(study.folder_of(name, SEED, tour.sit) / "log.jsonl")
         rows = [row for row in rows if "fd" in row]
         style = "--" if "never" in name else "-"
         for ax, key in zip(axes, ("fd", "accuracy")):
