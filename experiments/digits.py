@@ -7,9 +7,8 @@
 
 Every run is `python haste_train.py FLAGS` with the flags printed here; if a run is already
 finished, only its log is read. Levels of quality are those that plain training of the same seed
-(same start, same order, same noise of the evaluation) has half-way, at three quarters and at the
-end. A run reaches a level when its curve, a straight line between two evaluations, first gets
-there.
+(same order, same noise of the evaluation) has half-way, at three quarters and at the end. A run
+reaches a level when its curve, a straight line between two evaluations, first gets there.
 """
 from experiments import study
 
