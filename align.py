@@ -25,8 +25,6 @@ def check(cfg):
     run.require(cfg, cfg.stop in ("auto", "never") or cfg.stop.isdecimal(), "stop",
                 "must be a number of steps, auto or never")
     run.require(cfg, math.isfinite(cfg.stop_threshold), "stop_threshold", "must be a number")
-    if cfg.align == "repa":
-        run.refuse_changed(cfg, ("pairs",), "is for --align haste: leave it out")
     run.require(cfg, cfg.feature_depth is None or cfg.feature_depth >= 1, "feature_depth",
                 "must be 1 or more")
 

@@ -59,8 +59,9 @@ SCORES = {  # column of the log: title, digits, unit
 OVER_STEPS = {key: SCORES[key] for key in ("accuracy", "fd")}
 PANELS = {"accuracy": ("accuracy", "linear"),
           "fd": ("Fréchet distance on the classifier's features", "linear")}
-PICTURED = ("plain", "REPA", "HASTE, until half")                           # in the picture of samples
-EACH = 2                                                                    # samples of a digit in the picture
+OVER_TITLE = ", ".join(title for title, _, _ in OVER_STEPS.values())
+SAMPLED = ("plain", "REPA", "HASTE, until half")                            # once more, with guidance
+SCALES = (1, 2, 4)
 
 
 def print_real(images):
@@ -152,21 +153,42 @@ def print_costs(repeats=20):
         study.print_row(name, f"{seconds[name] / seconds['plain']:.2f}")
 
 
-# ---- the picture
+# ---- samples of the last weights, with classifier-free guidance
 
 @torch.no_grad()
+def sample(method, seed, y, scale, out):
+    """Return uint8 samples [b,1,16,16] of a run's average for class ids y [b]."""
+    ema = models.load(study.folder_of(method, seed, out) / "ckpt.pt")
+    randn = run.indexed_randn(seed, range(len(y)))                          # anew: the same for each method
+    noise = randn(torch.empty(len(y), ema.in_channels, ema.input_size, ema.input_size))
+    return data.to_uint8(sit.sample_ode(ema, noise, y, Config.eval_steps, scale))
+
+
+def print_guidance(out, seeds):
+    """Print the scores at each scale of guidance; a scale of 1 gives those of the runs' logs."""
+    reference = evaluate.reference(data.open_data("clutter"))
+    y = torch.arange(Config.eval_samples) % 10
+    study.print_head("method", *(f"guidance {scale}: {OVER_TITLE}" for scale in SCALES))
+    for method in SAMPLED:
+        cells = []
+        for scale in SCALES:
+            rows = [evaluate.scores(sample(method, seed, y, scale, out), reference, 10)
+                    for seed in range(seeds)]
+            cells.append(", ".join(study.plus_minus([row[key] for row in rows], digits, unit)
+                                   for key, (_, digits, unit) in OVER_STEPS.items()))
+        study.print_row(method, *cells)
+    print()
+
+
 def draw_samples(out, path):
-    """Draw samples of three methods' first seeds: same noise, same labels, same steps."""
-    y = torch.arange(10).repeat_interleave(EACH)
-    images = []
+    """Draw samples of each method's first seed: same noise, same labels, same guidance."""
+    y = torch.arange(10)
+    scale = SCALES[-1]
+    images = torch.cat([sample(method, 0, y, scale, out) for method in SAMPLED])
     captions = []
-    for method in PICTURED:
-        ema = models.load(study.folder_of(method, 0, out) / "ckpt.pt")
-        randn = run.indexed_randn(0, range(len(y)))                         # anew: the same for each
-        noise = randn(torch.empty(len(y), ema.in_channels, ema.input_size, ema.input_size))
-        images.append(data.to_uint8(sit.sample_ode(ema, noise, y, num_steps=50)))
-        captions += [f"{method}, {STEPS} steps: 0 0 1 1 2 2 ... 9 9", *[""] * (len(y) - 1)]
-    evaluate.save_grid(torch.cat(images), path, len(y), side=40, captions=captions)
+    for method in SAMPLED:
+        captions += [f"{method}: 0 1 2 3 4 5 6 7 8 9, {STEPS} steps, guidance {scale}", *[""] * 9]
+    evaluate.save_grid(images, path, len(y), captions=captions)
 
 
 def main():
@@ -192,6 +214,7 @@ def main():
     picture = args.picture or args.out / f"{args.group}.png"
     study.draw(curves, picture, PANELS, width=10, legend=0)
     if args.group == "methods":
+        print_guidance(args.out, seeds)
         draw_cosines(args.out, seeds, picture.with_name(f"{picture.stem}_cosine.png"))
         draw_samples(args.out, picture.with_name(f"{picture.stem}_samples.png"))
 

@@ -18,8 +18,8 @@ METHODS = {  # name in the tables: flags; the first one sets the levels
     "REPA": ["--align", "repa", "--stop", "never"],
     "HASTE": ["--align", "haste", "--stop", str(STEPS // 2)],
 }
-# cells of half the side, the paper's best; 16 x 16 tokens are four times as many as the digits'
-CLUTTER = ["--data", "clutter", "--entity", "cell:8"]
+# cells of half the side, the paper's best; four times as many tokens as the digits have, half a batch
+CLUTTER = ["--data", "clutter", "--entity", "cell:8", "--batch-size", "16"]
 GROUPS = {
     "digits": METHODS,
     "clutter": {name: [*CLUTTER, *flags] for name, flags in METHODS.items()},

@@ -139,7 +139,7 @@ def test_a_step_that_does_not_fit_is_named_and_left_out(monkeypatch, capsys):
 
 def test_loader_is_measured(tmp_path, capsys):
     bench.main(["loader", "--count", "40", "--size", "16", "--batch-size", "8", "--repeats", "1", "--out", str(tmp_path)])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| data.py", "| mapped"))]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| packed.py", "| mapped"))]
     assert len(rows) == 4 and not list(tmp_path.iterdir())                  # the set is deleted
 
 

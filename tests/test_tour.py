@@ -11,7 +11,7 @@ from PIL import Image
 PAGE = ROOT / "docs" / "tour.md"
 PICTURES = sorted((ROOT / "docs" / "tour").glob("*.png"))
 STOPS = re.split(r"^## ", PAGE.read_text(), flags=re.M)[1:]
-QUOTE = re.compile(r"\[`[\w.]+`\]\(\.\./(\w+\.py)#L(\d+)\):?\n\n```python\n(.*?)```", re.S)
+QUOTE = re.compile(r"\[`[\w.]+`\]\(\.\./(\w+\.py)#L(\d+)\):?\n\n```py\n(.*?)```", re.S)
 
 
 def test_ten_pictures():
@@ -37,7 +37,7 @@ def test_a_stop_has_one_picture_three_sentences_and_its_lines(stop):
     assert len(sentences) == 3, sentences
 
     quotes = QUOTE.findall(stop)
-    assert quotes and len(quotes) == stop.count("```python")
+    assert quotes and len(quotes) == stop.count("```py")
     for file, start, code in quotes:
         lines = [line.split("  #")[0].strip() for line in (ROOT / file).read_text().splitlines()[int(start):]]
         for line in code.strip().splitlines():

@@ -366,7 +366,7 @@ def test_a_pyramid_has_feature_alignment_only(tiny_xar, capsys):
     flags = ["--align", "haste", "--stop", "3", "--depth", "4", "--entity", "scale"]
     rows, saved = tiny_xar(*flags)
     printed = capsys.readouterr().out
-    assert "note: --entity scale aligns features only: attention needs tokens of the grid's own" in printed
+    assert "note: with --entity scale only features are aligned: its coarse tokens have no counterpart" in printed
     assert "features after 2 blocks, attention of blocks none" in printed and "attention_loss" not in rows[0]
     assert "feature_loss" in rows[0] and rows == tiny_xar(*flags, "--align", "repa")[0]
     assert "note: --entity" not in capsys.readouterr().out
