@@ -86,7 +86,7 @@ def paste(canvas, squares, corner):
 class Judge(nn.Module):
     """A small convolutional classifier: uint8 images [b,1,16,16] -> features [b,F], logits [b,10].
 
-    Over the training images, every feature has about mean 0 and deviation 1.
+    Over the training images, every feature that responds has about mean 0 and deviation 1.
     """
 
     def __init__(self, width=32, features=64, classes=10):

@@ -9,21 +9,20 @@ reads only the log of a run that is finished. Neither paper has this: see docs/d
 from experiments import study
 from experiments.clutter import SCORES as CLUTTER_SCORES
 
-STEPS = 500
+STEPS = {"digits": 500, "clutter": 250}
 EVERY = 125                                                                 # steps between evaluations
-SHOWN = range(EVERY, STEPS + 1, EVERY)                                      # of the table over steps
-MARKS = (STEPS // 2, STEPS)                                                 # where plain training sets the levels
-METHODS = {  # name in the tables: flags; the first one sets the levels
-    "plain": ["--align", "none"],
-    "REPA": ["--align", "repa", "--stop", "never"],
-    "HASTE": ["--align", "haste", "--stop", str(STEPS // 2)],
-}
-# cells of half the side, the paper's best; four times as many tokens as the digits have, half a batch
+# cells of half the side, the paper's best; four times as many tokens as the digits have
 CLUTTER = ["--data", "clutter", "--entity", "cell:8", "--batch-size", "16"]
-GROUPS = {
-    "digits": METHODS,
-    "clutter": {name: [*CLUTTER, *flags] for name, flags in METHODS.items()},
-}
+
+
+def methods(group, flags=()):
+    """Return {name in the tables: flags}; the first one sets the levels, HASTE stops at half."""
+    return {"plain": [*flags, "--align", "none"],
+            "REPA": [*flags, "--align", "repa", "--stop", "never"],
+            "HASTE": [*flags, "--align", "haste", "--stop", str(STEPS[group] // 2)]}
+
+
+GROUPS = {"digits": methods("digits"), "clutter": methods("clutter", CLUTTER)}
 DIGIT_SCORES = {  # column of the log: title, digits, unit
     "accuracy": ("accuracy %", 1, 100),
     "fd": ("Fréchet distance", 3, 1),
@@ -36,13 +35,16 @@ PANELS = {"accuracy": ("accuracy", "linear"), "fd": ("Fréchet distance", "log")
 def main():
     args = study.arguments(__doc__.splitlines()[0], "out/xar_haste", GROUPS)
     scores = SCORES[args.group]
+    steps = STEPS[args.group]
+    marks = (steps // 2, steps)                                             # where plain training sets the levels
     seeds = 1 if args.group == "clutter" else args.seeds
     curves = study.train_all(GROUPS[args.group], EVERY, args.out / args.group, seeds, args.jobs,
-                             STEPS, ("step", *scores), program="xar_train.py")
+                             steps, ("step", *scores), program="xar_train.py")
     study.print_last(curves, scores)
-    study.print_over_steps(curves, SHOWN, {key: scores[key] for key in ("accuracy", "fd")})
-    study.print_steps_to_levels(curves, "accuracy", "accuracy", -1, MARKS)
-    study.print_steps_to_levels(curves, "fd", "Fréchet distance", 1, MARKS)
+    shown = range(EVERY, steps + 1, EVERY)
+    study.print_over_steps(curves, shown, {key: scores[key] for key in ("accuracy", "fd")})
+    study.print_steps_to_levels(curves, "accuracy", "accuracy", -1, marks)
+    study.print_steps_to_levels(curves, "fd", "Fréchet distance", 1, marks)
     study.draw(curves, args.picture or args.out / f"{args.group}.png", PANELS)
 
 
