@@ -1,7 +1,7 @@
 """What a teacher is worth where meaning counts: SiT on clutter, at equal steps, three seeds.
 
-    python -m experiments.clutter               plain, REPA, HASTE and its parts: 21 runs,
-                                                two at a time on one thread each
+    python -m experiments.clutter               plain, REPA, HASTE and its parts: 21 runs, two
+                                                at a time on one thread each; 18 if no trigger fires
     python -m experiments.clutter settings      how plain training was tuned: one seed
     python -m experiments.clutter cost          how long a step takes, relative to plain training's
 
@@ -9,7 +9,6 @@ Every run is `python haste_train.py FLAGS` with the flags printed here; the same
 and reads only the log of a run that is finished. Levels of quality are those of plain training of
 the same seed: same order, same noise of the evaluation.
 """
-
 import math
 import shutil
 
